@@ -1,0 +1,24 @@
+"""mmvil: Vision-LSTM (arXiv 2406.04303) for OpenMMLab.
+
+Importing this package is cheap and needs nothing but the standard library. `mmvil.ops` needs torch; `mmvil.models` and
+the rest need mmengine. Registration needs no import at all: mmengine imports `mmvil.registry` by itself when it meets a
+type such as `mmvil.VisionLSTM`, and that in turn imports the modules that hold the registered classes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .convert import from_official
+
+__all__ = ['__version__', 'from_official']
+
+
+def __getattr__(name: str) -> Any:
+    """Import `from_official` at its first use, so that `import mmvil` stays free of torch and mmengine."""
+    if name == 'from_official':
+        from .convert import from_official
+
+        return from_official
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,132 @@
+"""The public mLSTM operator: argument checks and choice of the backend."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .chunkwise import mlstm_chunkwise
+from .reference import mlstm_parallel, mlstm_recurrent
+
+__all__ = ['available_backends', 'mlstm']
+
+TORCH_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    'recurrent': mlstm_recurrent,
+    'parallel': mlstm_parallel,
+    'chunkwise': mlstm_chunkwise,
+}
+BACKENDS = (*TORCH_BACKENDS, 'triton')
+
+# Below this many tokens one S x S product is faster on a CPU than chunks of 64 with their states.
+PARALLEL_MAX_TOKENS = 128
+
+
+def available_backends() -> dict[str, str | None]:
+    """Tell which backends of `mlstm` can be used here.
+
+    Returns:
+        Backend name -> None if it is usable, else the reason why it is not.
+    """
+    return {**dict.fromkeys(TORCH_BACKENDS), 'triton': _why_no_triton()}
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    *,
+    reverse: bool = False,
+    eps: float = 1e-6,
+    backend: str = 'auto',
+) -> Tensor:
+    """Apply the mLSTM cell with exponential gating to a batch of sequences.
+
+    Args:
+        q: Queries, (B, NH, S, DH), S and DH at least 1, any strides; float32, float64, bfloat16 or float16.
+        k: Keys, same shape, dtype and device as q. The scale 1 / sqrt(DH) is applied inside.
+        v: Values, same shape, dtype and device as q.
+        igate: Input gate pre-activations, (B, NH, S), any floating dtype.
+        fgate: Forget gate pre-activations, (B, NH, S), any floating dtype; the gate is their sigmoid.
+        reverse: Read the sequence from its end: equal to flipping it, running and flipping back.
+        eps: Added to the denominator.
+        backend: 'recurrent' (the definition), 'parallel' (quadratic), 'chunkwise' (linear memory), 'triton' (GPU
+            kernels) or 'auto', which picks by device, dtype and S.
+
+    Returns:
+        h, (B, NH, S, DH), in q's dtype. All five inputs get exact gradients.
+
+    Raises:
+        TypeError: An argument is no floating-point tensor, or q, k and v differ in dtype.
+        ValueError: Shapes or devices do not match, or the backend is unknown or not usable here.
+
+    Source: xLSTM (arXiv 2405.04517) appendix A.3; Vision-LSTM (arXiv 2406.04303) section 3.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(3, 1, 4, 10, 16).unbind()
+        >>> mlstm(q, k, v, torch.zeros(1, 4, 10), torch.full((1, 4, 10), 3.0)).shape
+        torch.Size([1, 4, 10, 16])
+    """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = (x.to(dtype) if _is_narrowable(x) else x for x in (q, k, v))
+            return mlstm(q, k, v, igate, fgate, reverse=reverse, eps=eps, backend=backend)
+    _check_arguments(q, k, v, igate, fgate, eps)
+    backend = _choose_backend(backend, q)
+    # The step-by-step definition loses digits in float32 where the normaliser cancels, so it is given more of them.
+    double = q.dtype == torch.float64 or (backend == 'recurrent' and q.device.type != 'mps')
+    compute_dtype = torch.float64 if double else torch.float32
+    inputs = [x.to(compute_dtype) for x in (q, k, v, igate, fgate)]
+    return TORCH_BACKENDS[backend](*inputs, bool(reverse), eps).to(q.dtype)
+
+
+def _is_narrowable(x: object) -> bool:
+    """Whether autocast may change the dtype of x: it leaves float64 alone."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+
+
+def _choose_backend(backend: str, q: Tensor) -> str:
+    """Resolve 'auto' and refuse what cannot be used."""
+    if backend == 'auto':
+        return 'parallel' if q.shape[-2] <= PARALLEL_MAX_TOKENS else 'chunkwise'
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
+    reason = available_backends()[backend]
+    if reason is not None:
+        usable = [name for name, why in available_backends().items() if why is None]
+        raise ValueError(f'backend {backend!r} cannot be used here: {reason}. Usable here: {usable}')
+    return backend
+
+
+def _why_no_triton() -> str | None:
+    """Why the Triton backend cannot be used, or None."""
+    return 'this version of mmvil has no Triton kernels yet'
+
+
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, eps: float) -> None:
+    """Raise TypeError or ValueError with the argument's name, what came and what is accepted."""
+    tensors = {'q': q, 'k': k, 'v': v, 'igate': igate, 'fgate': fgate}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f'{name} must be a torch.Tensor, got {type(x).__name__}')
+        if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise TypeError(f'{name} must be float32, float64, bfloat16 or float16, got {x.dtype}')
+        if x.device != q.device:
+            raise ValueError(f'{name} must be on the device of q ({q.device}), got {x.device}')
+    if q.dim() != 4 or q.shape[1] < 1 or q.shape[2] < 1 or q.shape[3] < 1:
+        raise ValueError(f'q must have shape (B, NH, S, DH) with NH, S and DH of at least 1, got {tuple(q.shape)}')
+    for name in ('k', 'v'):
+        if tensors[name].shape != q.shape:
+            raise ValueError(f'{name} must have the shape of q {tuple(q.shape)}, got {tuple(tensors[name].shape)}')
+        if tensors[name].dtype != q.dtype:
+            raise TypeError(f'{name} must have the dtype of q ({q.dtype}), got {tensors[name].dtype}')
+    for name in ('igate', 'fgate'):
+        if tensors[name].shape != q.shape[:3]:
+            raise ValueError(
+                f'{name} must have shape (B, NH, S) = {tuple(q.shape[:3])}, got {tuple(tensors[name].shape)}'
+            )
+    if not eps >= 0:
+        raise ValueError(f'eps must not be negative, got {eps}')
