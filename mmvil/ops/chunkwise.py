@@ -109,7 +109,9 @@ def _segment_decay(log_forget: Tensor, reverse: bool) -> Tensor:
         shifted = F.pad(log_forget[..., :-1], (1, 0))
         steps = shifted[..., None, :].masked_fill(index[None, :] <= index[:, None], 0.0)
         return steps.expand(*log_forget.shape, length).cumsum(-1)
-    steps = log_forget[..., :, None].masked_fill(index[:, None] <= index[None, :], 0.0)  # gates s+1 .. t, summed along t
+    steps = log_forget[..., :, None].masked_fill(
+        index[:, None] <= index[None, :], 0.0
+    )  # gates s+1 .. t, summed along t
     return steps.expand(*log_forget.shape, length).cumsum(-2)
 
 
