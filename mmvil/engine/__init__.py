@@ -1,1 +1,1 @@
-
+"""Hooks and optimizer constructors for mmengine runners."""

@@ -130,10 +130,12 @@ class VisionLSTM(BaseModule):
         self.interpolate_mode = interpolate_mode
         self.out_indices = _resolve_out_indices(out_indices, self.num_layers)
         self.frozen_stages = _check_frozen_stages(frozen_stages, self.num_layers)
-        self.patch_size, _ = to_pair(patch_size, 'patch_size')
-        self.patch_stride, _ = to_pair(self.patch_size if patch_stride is None else patch_stride, 'patch_stride')
+        self.patch_size = _check_positive('patch_size', patch_size)
+        self.patch_stride = _check_positive('patch_stride', patch_size if patch_stride is None else patch_stride)
 
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, self.patch_size, self.patch_stride)
+        self.patch_embed = PatchEmbed(
+            _check_positive('in_channels', in_channels), self.embed_dims, self.patch_size, self.patch_stride
+        )
         grid = patch_grid(to_pair(img_size, 'img_size'), self.patch_size, self.patch_stride)
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, self.embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -185,7 +187,7 @@ class VisionLSTM(BaseModule):
         tokens = self.patch_embed(x)
         grid = (tokens.shape[1], tokens.shape[2])
         positions = resample_positions(self.pos_embed, grid, self.interpolate_mode)
-        tokens = (tokens + positions.to(tokens.dtype)).flatten(1, 2)
+        tokens = (tokens + positions).flatten(1, 2)  # under autocast the residual stream is float32 from here
         outputs = {}
         for index, block in enumerate(self.blocks):
             if self.with_cp and torch.is_grad_enabled():
@@ -325,6 +327,13 @@ def _check_choice(name: str, value: object, choices: Sequence[str] | Mapping[str
     """Refuse a value that is not among the choices."""
     if value not in list(choices):
         raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}')
+
+
+def _check_positive(name: str, value: int) -> int:
+    """Refuse anything but a positive int."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name} must be a positive int, got {value!r}')
+    return value
 
 
 def _resolve_out_indices(out_indices: int | Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The mLSTM cell chunk by chunk in plain torch: linear memory, any length, any device, exportable.
 
-Inside a chunk the quadratic form is used; between chunks a state (matrix, normaliser, stabiliser) is handed on. Decays are
-summed segment by segment, never as differences of long running sums: those reach -40 * S for closed gates and would lose
-every digit in float32.
+Inside a chunk the quadratic form is used; between chunks a state (matrix, normaliser, stabiliser) is handed on. Decays
+are summed segment by segment, never as differences of long running sums: those reach -40 * S for closed gates and would
+lose every digit in float32.
 """
 
 import math
