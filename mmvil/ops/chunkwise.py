@@ -105,13 +105,13 @@ def _segment_decay(log_forget: Tensor, reverse: bool) -> Tensor:
     """
     length = log_forget.shape[-1]
     index = torch.arange(length, device=log_forget.device)
-    if reverse:  # gates t .. s-1, summed along s
+    if reverse:
+        # gates t .. s-1, summed along s
         shifted = F.pad(log_forget[..., :-1], (1, 0))
         steps = shifted[..., None, :].masked_fill(index[None, :] <= index[:, None], 0.0)
         return steps.expand(*log_forget.shape, length).cumsum(-1)
-    steps = log_forget[..., :, None].masked_fill(
-        index[:, None] <= index[None, :], 0.0
-    )  # gates s+1 .. t, summed along t
+    # gates s+1 .. t, summed along t
+    steps = log_forget[..., :, None].masked_fill(index[:, None] <= index[None, :], 0.0)
     return steps.expand(*log_forget.shape, length).cumsum(-2)
 
 
