@@ -49,11 +49,14 @@ def test_reading_of_shapes() -> None:
     assert torch.equal(rebuilt(image)[-1], backbone.eval()(image)[-1])
 
 
-def test_other_class_count_starts_a_new_head(capfd: pytest.CaptureFixture) -> None:
+def test_other_class_count_starts_a_new_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    monkeypatch.setattr('mmvil.models.checkpoint.print_log', lambda line, **_: lines.append(line))
     model = from_official(published('v2'), num_classes=5)
     logits = model(torch.randn(1, 3, 12, 20), mode='tensor')
     assert logits.shape == (1, 5)
-    assert capfd.readouterr().out.count('head.fc.weight') == 1
+    assert len(lines) == 1
+    assert 'head.fc.weight' in lines[0]
     reference = from_official(published('v2'))
     assert torch.equal(model.backbone.pos_embed, reference.backbone.pos_embed)
 
