@@ -1,10 +1,6 @@
-<<<<<<< HEAD
-"""Training machinery for mmengine: optimizer construction and schedules. Needs mmengine."""
+"""Training machinery for mmengine: optimizer construction, schedules and hooks. Needs mmengine."""
 
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .schedule import WarmupCosineLR
 
 __all__ = ['LayerDecayOptimWrapperConstructor', 'WarmupCosineLR']
-=======
-"""Hooks and optimizer constructors for mmengine runners."""
->>>>>>> main
