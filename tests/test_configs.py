@@ -79,8 +79,7 @@ def shrink(config: Config) -> Config:
     backbone = config.model.backbone
     if backbone.type == 'mmvil.VisionLSTM':
         depth = 3 if str(backbone.arch).endswith('_plus') else 2
-        backbone.arch = {'_delete_': True, 'embed_dims': 16, 'num_layers': depth}
-        backbone.arch.pop('_delete_')
+        backbone.arch = {'embed_dims': 16, 'num_layers': depth}
         config.model.head.in_channels = 32 if backbone.out_type == 'bilateral_concat' else 16
     else:
         backbone.arch = {'embed_dims': 24, 'num_layers': 2, 'num_heads': 3, 'feedforward_channels': 48}
@@ -100,7 +99,7 @@ def build_optimizer(config: Config, model: torch.nn.Module):
     return build_optim_wrapper(model, {**options, 'type': 'OptimWrapper'})
 
 
-def random_batch(config: Config, size: int = 4) -> dict:
+def random_batch(config: Config, size: int = 2) -> dict:
     """Make a batch as the data loader would, from noise of the recipe's resolution."""
     resolution = config.test_pipeline[2]['crop_size']
     generator = np.random.default_rng(0)
@@ -170,9 +169,8 @@ def test_decayed_tensors_of_the_tiny_recipe():
         assert (id(parameter) in decayed) == (parameter.ndim > 1 and name != 'backbone.pos_embed'), name
     names = [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
     assert 'head.fc.weight' in names
-    for part in ('conv.conv.weight', 'conv.weight', 'igate.weight', 'q_proj.weight', 'patch_embed.proj.weight'):
-        if part != 'conv.conv.weight':
-            assert any(name.endswith(part) for name in names), part
+    for part in ('conv.weight', 'igate.weight', 'q_proj.weight', 'patch_embed.proj.weight'):
+        assert any(name.endswith(part) for name in names), part
 
 
 @pytest.mark.parametrize('name', classification_configs())
@@ -183,14 +181,15 @@ def test_one_training_step(name):
     model = build_model(config)
     model.init_weights()
     model.train()
-    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    with_gradient = set()
+    for key, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, key=key: with_gradient.add(key))
+    head = model.head.fc.weight.detach().clone()
     losses = model.train_step(random_batch(config), build_optimizer(config, model))
-    assert losses['loss'].item() == pytest.approx(
-        np.log(config.model.head.num_classes), rel=1e-2
-    )  # the head starts at 0
-    unmoved = [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])]
-    assert 'head.fc.weight' not in unmoved
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    classes = config.model.head.num_classes
+    assert losses['loss'].item() == pytest.approx(np.log(classes), rel=1e-2)  # the head starts close to 0
+    assert with_gradient == {key for key, _ in model.named_parameters()}
+    assert not torch.equal(model.head.fc.weight, head)
 
 
 @pytest.mark.parametrize(('batch', 'updates'), [(2048, 625), (1024, 1251)])
@@ -289,6 +288,7 @@ def test_missing_imagenet_stops_the_build(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('name', list(RECIPES)[::4])
 def test_one_step_in_bf16(name):
     config = load(name)
