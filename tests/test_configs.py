@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.dataset import default_collate
 from mmengine.optim import build_optim_wrapper
@@ -99,12 +100,11 @@ def build_optimizer(config: Config, model: torch.nn.Module):
     return build_optim_wrapper(model, {**options, 'type': 'OptimWrapper'})
 
 
-def random_batch(config: Config, size: int = 2) -> dict:
-    """Make a batch as the data loader would, from noise of the recipe's resolution."""
-    resolution = config.test_pipeline[2]['crop_size']
+def random_batch(size: int = 2) -> dict:
+    """Make a batch as the data loader would, from noise; small images, because models take any size."""
     generator = np.random.default_rng(0)
     pack = TRANSFORMS.build({'type': 'PackInputs'})
-    images = generator.integers(0, 256, (size, resolution, resolution, 3), dtype=np.uint8)
+    images = generator.integers(0, 256, (size, 96, 96, 3), dtype=np.uint8)
     return default_collate([pack({'img': image, 'gt_label': 7 * index}) for index, image in enumerate(images)])
 
 
@@ -185,7 +185,7 @@ def test_one_training_step(name):
     for key, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, key=key: with_gradient.add(key))
     head = model.head.fc.weight.detach().clone()
-    losses = model.train_step(random_batch(config), build_optimizer(config, model))
+    losses = model.train_step(random_batch(), build_optimizer(config, model))
     classes = config.model.head.num_classes
     assert losses['loss'].item() == pytest.approx(np.log(classes), rel=1e-2)  # the head starts close to 0
     assert with_gradient == {key for key, _ in model.named_parameters()}
@@ -295,6 +295,29 @@ def test_one_step_in_bf16(name):
     model = build_model(config).cuda().train()
     optimizer = build_optim_wrapper(model, config.optim_wrapper)
     torch.manual_seed(0)
-    losses = model.train_step(random_batch(config), optimizer)
+    losses = model.train_step(random_batch(), optimizer)
     assert losses['loss'].item() == pytest.approx(np.log(1000), rel=2e-2)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_metafile_tells_the_truth():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text(encoding='utf-8'))
+    models = [
+        model
+        for path in index['Import']
+        for model in yaml.safe_load((ROOT / path).read_text(encoding='utf-8'))['Models']
+    ]
+    ours = [model for model in models if model['In Collection'] == 'Vision-LSTM']
+    assert len({model['Name'] for model in models}) == len(models)
+    for model in ours:
+        name = str(Path(model['Config']).relative_to('configs').with_suffix(''))
+        backbone = load(name).model.backbone
+        assert model['Metadata']['Parameters'] == SIZES[backbone.arch, backbone.version, backbone.img_size]
+        assert 'Weights' not in model  # nothing is hosted here; the authors' file stands under Converted From
+
+
+def test_readme_lists_every_recipe():
+    text = (CONFIGS / 'vil/README.md').read_text(encoding='utf-8')
+    linked = re.findall(r'\]\(([^)]+\.py)\)', text)
+    assert all((CONFIGS / 'vil' / link).is_file() for link in linked)
+    assert {(CONFIGS / 'vil' / link).resolve() for link in linked} == {CONFIGS / f'{name}.py' for name in RECIPES}
