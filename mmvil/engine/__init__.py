@@ -1,1 +1,6 @@
+"""Hooks, optimizer constructors and what the command line tools are made of."""
 
+from .random_state_hook import RandomStateHook
+from .stop_on_non_finite_loss_hook import StopOnNonFiniteLossHook
+
+__all__ = ['RandomStateHook', 'StopOnNonFiniteLossHook']
