@@ -20,7 +20,16 @@ OPENMMLAB = [
     'ftfy',  # undeclared needs of mmsegmentation
     'regex',
 ]
-TEST = [*OPENMMLAB, 'pytest>=8', 'pytest-xdist>=3', 'hypothesis>=6', 'ruff>=0.8', 'onnx>=1.17', 'onnxscript>=0.3', 'onnxruntime>=1.19']
+TEST = [
+    *OPENMMLAB,
+    'pytest>=8',
+    'pytest-xdist>=3',
+    'hypothesis>=6',
+    'ruff>=0.8',
+    'onnx>=1.17',
+    'onnxscript>=0.3',
+    'onnxruntime>=1.19',
+]
 
 setup(
     name='mmvil',

@@ -1,7 +1,8 @@
 """Child registries of mmengine with the scope `mmvil`.
 
 mmengine imports this module when it resolves a name such as `mmvil.VisionLSTM` under any default scope. Each registry
-imports its `locations` at the first look-up, so the order of imports does not matter and the default scope is not touched.
+imports its `locations` at the first look-up, so the order of imports does not matter, and the default scope stays as it
+is.
 """
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS

@@ -1,1 +1,1 @@
-
+"""Data sets and transforms for OpenMMLab pipelines."""

@@ -1,1 +1,1 @@
-
+"""Evaluation protocols."""

@@ -1,8 +1,8 @@
 """The mLSTM cell chunk by chunk in plain torch: linear memory, any length, any device, exportable.
 
-Inside a chunk the quadratic form is used; between chunks a state (matrix, normaliser, stabiliser) is handed on. Decays are
-summed segment by segment, never as differences of long running sums: those reach -40 * S for closed gates and would lose
-every digit in float32.
+Inside a chunk the quadratic form is used; between chunks a state (matrix, normaliser, stabiliser) is handed on. Decays
+are summed segment by segment, never as differences of long running sums: those reach -40 * S for closed gates and would
+lose every digit in float32.
 """
 
 import math
@@ -105,11 +105,13 @@ def _segment_decay(log_forget: Tensor, reverse: bool) -> Tensor:
     """
     length = log_forget.shape[-1]
     index = torch.arange(length, device=log_forget.device)
-    if reverse:  # gates t .. s-1, summed along s
+    if reverse:
+        # gates t .. s-1, summed along s
         shifted = F.pad(log_forget[..., :-1], (1, 0))
         steps = shifted[..., None, :].masked_fill(index[None, :] <= index[:, None], 0.0)
         return steps.expand(*log_forget.shape, length).cumsum(-1)
-    steps = log_forget[..., :, None].masked_fill(index[:, None] <= index[None, :], 0.0)  # gates s+1 .. t, summed along t
+    # gates s+1 .. t, summed along t
+    steps = log_forget[..., :, None].masked_fill(index[:, None] <= index[None, :], 0.0)
     return steps.expand(*log_forget.shape, length).cumsum(-2)
 
 

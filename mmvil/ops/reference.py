@@ -1,4 +1,4 @@
-"""The mLSTM cell by definition: step by step, and as one quadratic product. Both are the truth the fast forms are held to.
+"""The mLSTM cell by definition: step by step, and as one quadratic product. The fast forms are held to these.
 
 Shapes: q, k, v (B, NH, S, DH); igate, fgate (B, NH, S); everything here has one dtype, float32 or float64.
 Source: Vision-LSTM (arXiv 2406.04303) section 3, xLSTM (arXiv 2405.04517) equations 19 to 27 and appendix A.3.

@@ -1,0 +1,204 @@
+"""The ViL layer and its pre-norm residual block."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ..ops import mlstm
+from ..ops.mlstm import BACKENDS
+from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
+
+__all__ = ['ViLBlock', 'ViLLayer']
+
+CONVOLUTIONS = ('conv2d', 'causal_conv1d', None)
+
+
+class ViLLayer(BaseModule):
+    """The gated mLSTM mixer of one sub-block, without norm and residual.
+
+    Args:
+        embed_dims: Channels D of a token.
+        reverse: Read the tokens from the last to the first.
+        expand_ratio: Inner width E divided by D; E must be a multiple of num_heads and qkv_block_size.
+        num_heads: Heads of the mLSTM.
+        qkv_block_size: Edge of the blocks of the query, key and value projections.
+        conv: 'conv2d' (depthwise over the grid, the second generation), 'causal_conv1d' (along the sequence, the first
+            generation) or None (the activation alone).
+        conv_kernel_size: Kernel size of the convolution; odd for 'conv2d'.
+        proj_bias: Whether the up, down, query, key and value projections have biases.
+        norm_bias: Whether the head norm has a bias.
+        mlstm_backend: Backend of `mmvil.ops.mlstm`.
+        init_num_blocks: Sub-blocks that the initial scale of the down-projection is divided by. The published models
+            were started with 1.
+        init_cfg: mmengine initialisation config.
+
+    Raises:
+        ValueError: An option is unknown or sizes do not divide.
+
+    Source: Vision-LSTM (arXiv 2406.04303) section 3 and figure 2.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        reverse: bool = False,
+        expand_ratio: float = 2,
+        num_heads: int = 4,
+        qkv_block_size: int = 4,
+        conv: str | None = 'conv2d',
+        conv_kernel_size: int = 3,
+        proj_bias: bool = True,
+        norm_bias: bool = True,
+        mlstm_backend: str = 'auto',
+        init_num_blocks: int = 1,
+        init_cfg: dict | list | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        inner_dims = round(expand_ratio * embed_dims)
+        _check_layer(embed_dims, inner_dims, num_heads, qkv_block_size, conv, conv_kernel_size, mlstm_backend)
+        self.embed_dims, self.inner_dims, self.num_heads = embed_dims, inner_dims, num_heads
+        self.reverse, self.mlstm_backend = reverse, mlstm_backend
+        self.init_num_blocks = init_num_blocks
+
+        self.proj_up = nn.Linear(embed_dims, 2 * inner_dims, bias=proj_bias)
+        if conv == 'conv2d':
+            self.conv = DepthwiseConv2d(inner_dims, conv_kernel_size, reverse)
+        else:
+            self.conv = CausalConv1d(inner_dims, conv_kernel_size, reverse) if conv == 'causal_conv1d' else None
+        self.q_proj = BlockDiagonalLinear(inner_dims, qkv_block_size, bias=proj_bias)
+        self.k_proj = BlockDiagonalLinear(inner_dims, qkv_block_size, bias=proj_bias)
+        self.v_proj = BlockDiagonalLinear(inner_dims, qkv_block_size, bias=proj_bias)
+        self.igate = nn.Linear(3 * inner_dims, num_heads)
+        self.fgate = nn.Linear(3 * inner_dims, num_heads)
+        self.head_norm = MultiHeadNorm(inner_dims, num_heads, bias=norm_bias)
+        self.skip = nn.Parameter(torch.ones(inner_dims))
+        self.proj_down = nn.Linear(inner_dims, embed_dims, bias=proj_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial parameters as the reference does; the convolution keeps PyTorch's default."""
+        small = math.sqrt(2 / (5 * self.embed_dims))
+        for projection in (self.proj_up, self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(projection.weight, std=small)
+        nn.init.normal_(self.proj_down.weight, std=2 / (self.init_num_blocks * math.sqrt(self.embed_dims)))
+        for projection in (self.proj_up, self.q_proj, self.k_proj, self.v_proj, self.proj_down):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        nn.init.zeros_(self.igate.weight)
+        nn.init.normal_(self.igate.bias, std=0.1)
+        nn.init.zeros_(self.fgate.weight)
+        with torch.no_grad():  # long memory at the start, differing by head
+            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, self.num_heads))
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mix the tokens of an image.
+
+        Args:
+            x: Tokens in row-major order, (B, S, D).
+            grid: Rows and columns of the token grid, rows * columns = S.
+
+        Returns:
+            (B, S, D).
+
+        Raises:
+            ValueError: If the shape does not fit the layer or the grid.
+        """
+        _check_tokens(x, grid, self.embed_dims)
+        values, gate = self.proj_up(x).chunk(2, dim=-1)
+        keys = F.silu(values if self.conv is None else self.conv(values, grid))
+        q, k, v = self.q_proj(keys), self.k_proj(keys), self.v_proj(values)
+        input_gate, forget_gate = self._gates(q, k, v)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        h = mlstm(q, k, v, input_gate, forget_gate, reverse=self.reverse, backend=self.mlstm_backend)
+        return self.proj_down((self.head_norm(h) + self.skip * keys) * F.silu(gate))
+
+    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gate pre-activations, (B, NH, S) each, in at least float32 also under autocast."""
+        with torch.autocast(q.device.type, enabled=False):
+            joined = torch.cat([q, k, v], dim=-1).to(self.igate.weight.dtype)
+            return self.igate(joined).transpose(1, 2), self.fgate(joined).transpose(1, 2)
+
+
+class ViLBlock(BaseModule):
+    """One sub-block: norm, ViL layer, drop path, residual.
+
+    Args:
+        embed_dims: Channels D of a token.
+        reverse: Read the tokens from the last to the first.
+        drop_path_rate: Probability of dropping the branch for a sample in training, in [0, 1).
+        norm_bias: Whether the norms have biases.
+        init_cfg: mmengine initialisation config.
+        **layer_options: Further options of `ViLLayer`.
+
+    Example:
+        >>> import torch
+        >>> ViLBlock(32, reverse=True)(torch.randn(2, 12, 32), (3, 4)).shape
+        torch.Size([2, 12, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        reverse: bool = False,
+        drop_path_rate: float = 0.0,
+        norm_bias: bool = True,
+        init_cfg: dict | list | None = None,
+        **layer_options: int | float | bool | str | None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.norm = ResidualLayerNorm(embed_dims, bias=norm_bias)
+        self.layer = ViLLayer(embed_dims, reverse, norm_bias=norm_bias, **layer_options)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mix the tokens of an image and add them to the residual stream.
+
+        Args:
+            x: Tokens in row-major order, (B, S, D).
+            grid: Rows and columns of the token grid.
+
+        Returns:
+            (B, S, D).
+        """
+        return x + self.drop_path(self.layer(self.norm(x), grid))
+
+
+def _check_layer(
+    embed_dims: int,
+    inner_dims: int,
+    num_heads: int,
+    qkv_block_size: int,
+    conv: str | None,
+    conv_kernel_size: int,
+    mlstm_backend: str,
+) -> None:
+    """Refuse options that cannot work, naming what is accepted."""
+    sizes = {
+        'embed_dims': embed_dims,
+        'num_heads': num_heads,
+        'qkv_block_size': qkv_block_size,
+        'conv_kernel_size': conv_kernel_size,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f'{name} must be a positive int, got {size!r}')
+    for name in ('num_heads', 'qkv_block_size'):
+        if inner_dims < 1 or inner_dims % sizes[name]:
+            raise ValueError(
+                f'the inner width expand_ratio * embed_dims = {inner_dims} must be a multiple of {name} = {sizes[name]}'
+            )
+    if conv not in CONVOLUTIONS:
+        raise ValueError(f'conv must be one of {list(CONVOLUTIONS)}, got {conv!r}')
+    if mlstm_backend not in ('auto', *BACKENDS):
+        raise ValueError(f'mlstm_backend must be one of {["auto", *BACKENDS]}, got {mlstm_backend!r}')
+
+
+def _check_tokens(x: Tensor, grid: tuple[int, int], embed_dims: int) -> None:
+    """Refuse tokens that do not fit the layer or the grid."""
+    if x.dim() != 3 or x.shape[-1] != embed_dims:
+        raise ValueError(f'expected tokens of shape (B, S, {embed_dims}), got {tuple(x.shape)}')
+    if len(grid) != 2 or grid[0] * grid[1] != x.shape[1]:
+        raise ValueError(f'grid must be (rows, columns) with {x.shape[1]} tokens, got {tuple(grid)}')
