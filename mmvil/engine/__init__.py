@@ -4,5 +4,12 @@ from .layer_decay import LayerDecayOptimWrapperConstructor
 from .random_state_hook import RandomStateHook
 from .schedule import WarmupCosineLR
 from .stop_on_non_finite_loss_hook import StopOnNonFiniteLossHook
+from .strict_load_hook import StrictLoadHook
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'RandomStateHook', 'StopOnNonFiniteLossHook', 'WarmupCosineLR']
+__all__ = [
+    'LayerDecayOptimWrapperConstructor',
+    'RandomStateHook',
+    'StopOnNonFiniteLossHook',
+    'StrictLoadHook',
+    'WarmupCosineLR',
+]
