@@ -309,7 +309,8 @@ def test_metafile_tells_the_truth():
         for path in index['Import']
         for model in yaml.safe_load((ROOT / path).read_text(encoding='utf-8'))['Models']
     ]
-    ours = [model for model in models if model['In Collection'] == 'Vision-LSTM']
+    ours = [model for model in models if 'in1k' in model['Config']]
+    assert len(ours) == 13
     assert len({model['Name'] for model in models}) == len(models)
     for model in ours:
         name = str(Path(model['Config']).relative_to('configs').with_suffix(''))
@@ -322,4 +323,4 @@ def test_readme_lists_every_recipe():
     text = (CONFIGS / 'vil/README.md').read_text(encoding='utf-8')
     linked = re.findall(r'\]\(([^)]+\.py)\)', text)
     assert all((CONFIGS / 'vil' / link).is_file() for link in linked)
-    assert {(CONFIGS / 'vil' / link).resolve() for link in linked} == {CONFIGS / f'{name}.py' for name in RECIPES}
+    assert {(CONFIGS / 'vil' / link).resolve() for link in linked} >= {CONFIGS / f'{name}.py' for name in RECIPES}
