@@ -22,6 +22,9 @@ FORMS = {'quadratic': 'triton_quadratic', 'chunkwise': 'triton_chunkwise'}
 compile_failures: dict[str, str] = {}
 """Forms given up in this process, with the compiler's message."""
 
+counted_form: str | None = None
+"""Form that mLSTM calls are counted as while `flops.count_as` is active."""
+
 
 def _module(form: str) -> ModuleType:
     """Import the launchers of a form; Triton is imported here and nowhere earlier."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import custom_op
 from .chunkwise import mlstm_chunkwise
 from .reference import mlstm_parallel, mlstm_recurrent
 from .triton_launch import MAX_HEAD_DIM, choose_form, interpreting, why_not_dtype, why_not_on_device
@@ -79,12 +80,12 @@ def mlstm(
             q, k, v = (x.to(dtype) if _is_narrowable(x) else x for x in (q, k, v))
             return mlstm(q, k, v, igate, fgate, reverse=reverse, eps=eps, backend=backend)
     _check_arguments(q, k, v, igate, fgate, eps)
+    if custom_op.counted_form is not None:
+        return torch.ops.mmvil.mlstm_counted(q, k, v, igate, fgate, custom_op.counted_form)
     backend = _choose_backend(backend, q)
     if backend == 'triton':
-        from .custom_op import mlstm_triton
-
         form = choose_form(q.shape[-2], q.shape[-1])
-        return mlstm_triton(q, k, v, igate, fgate, bool(reverse), float(eps), form)
+        return custom_op.mlstm_triton(q, k, v, igate, fgate, bool(reverse), float(eps), form)
     # The step-by-step definition loses digits in float32 where the normaliser cancels, so it is given more of them.
     double = q.dtype == torch.float64 or (backend == 'recurrent' and q.device.type != 'mps')
     compute_dtype = torch.float64 if double else torch.float32
@@ -140,9 +141,8 @@ _warned: set[str] = set()
 
 def _compile_failure() -> str | None:
     """Message of the form of the kernels that failed to compile in this process, or None."""
-    from .custom_op import compile_failures
-
-    return next((f'the {form} kernels do not compile: {error}' for form, error in compile_failures.items()), None)
+    failures = custom_op.compile_failures.items()
+    return next((f'the {form} kernels do not compile: {error}' for form, error in failures), None)
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, eps: float) -> None:
