@@ -26,42 +26,76 @@ class Pieces(NamedTuple):
     split: int = 1
 
 
-class Tiles(NamedTuple):
-    """Tile sizes, in tokens if not said otherwise. All but `split` counts are powers of two.
+class ProductTiles(NamedTuple):
+    """Tile sizes of `product_kernel`.
 
     Attributes:
-        chunk: Tokens between two states.
-        rows: Rows of a product, divides chunk.
-        columns: Streamed positions of a product, divides rows.
         depth: Channels of a state multiplied at a time.
-        output: Columns of a product's result.
-        warps: Warps of a product.
-        stages: Loads in flight of a product.
-        state_rows: Rows of a state, held by every program (split 1).
-        state_columns: Columns of a state.
-        state_tokens: Tokens added to a state at a time, divides chunk.
-        state_warps: Warps of a state's program.
-        state_stages: Loads in flight of a state's program.
-        scan_block: Elements of a state carried from chunk to chunk by one program.
-        scan_warps: Warps of that program.
-        scan_stages: Chunks in flight.
+        pieces: Columns of the result.
+        warps: Warps of a program.
+        stages: Loads in flight.
+        registers: Most registers of a thread, None for no limit.
     """
 
-    chunk: int
-    rows: int
-    columns: int
     depth: int
-    output: Pieces
+    pieces: Pieces
     warps: int
     stages: int
-    state_rows: Pieces
-    state_columns: Pieces
-    state_tokens: int
-    state_warps: int
-    state_stages: int
-    scan_block: int = 1024
-    scan_warps: int = 4
-    scan_stages: int = 4
+    registers: int | None = None
+
+
+class StateTiles(NamedTuple):
+    """Tile sizes of `chunk_state_kernel`.
+
+    Attributes:
+        rows: Rows of a state, held by every program (split 1).
+        columns: Columns of a state.
+        warps: Warps of a program.
+        stages: Loads in flight.
+        registers: Most registers of a thread, None for no limit.
+    """
+
+    rows: Pieces
+    columns: Pieces
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+class ScanTiles(NamedTuple):
+    """Tile sizes of `state_scan_kernel`.
+
+    Attributes:
+        block: Elements of a state carried from chunk to chunk by one program.
+        warps: Warps of a program.
+        stages: Chunks in flight.
+    """
+
+    block: int = 1024
+    warps: int = 4
+    stages: int = 4
+
+
+class Tiles(NamedTuple):
+    """All tile sizes; every size is a power of two.
+
+    Attributes:
+        tile: Tokens of a tile.
+        chunk: Tokens between two states, a multiple of tile.
+        output: Product of the forward pass.
+        gradient: Products of the backward pass.
+        state: States of the forward pass.
+        state_gradient: States of the backward pass.
+        scan: Both scans.
+    """
+
+    tile: int
+    chunk: int
+    output: ProductTiles
+    gradient: ProductTiles
+    state: StateTiles
+    state_gradient: StateTiles
+    scan: ScanTiles = ScanTiles()
 
 
 class Saved(NamedTuple):
@@ -70,9 +104,11 @@ class Saved(NamedTuple):
     Attributes:
         states: State before each chunk, (BH, NC, DH, DH).
         state_normalisers: Its normaliser, float32 (BH, NC, DH).
-        gate: g = i - F, float64 (BH, S).
-        maximum: M = cummax(g), float64 (BH, S).
-        border: M before each chunk and after the last, float64 (BH, NC + 1).
+        gate: g - E after the own tile, as float32 and remainder, float32 (2, BH, S).
+        maximum: M - E after the own tile, likewise.
+        write: exp(g - E after the own tile), float32 (BH, S).
+        read: exp(E before the own tile - M), float32 (BH, S).
+        border: E before each tile and after the last, float64 (BH, tiles + 1).
         stabiliser: m, float32 (BH, S).
         normaliser: n, float32 (BH, S).
     """
@@ -81,6 +117,8 @@ class Saved(NamedTuple):
     state_normalisers: Tensor
     gate: Tensor
     maximum: Tensor
+    write: Tensor
+    read: Tensor
     border: Tensor
     stabiliser: Tensor
     normaliser: Tensor
@@ -112,9 +150,12 @@ def choose_tiles(dim: int, dtype: torch.dtype) -> Tiles:
         Tile sizes.
     """
     pieces = split_dim(dim)
+    columns = Pieces(32, 0, -(-dim // 32))
     if dtype == torch.float32:
-        return Tiles(128, 32, 32, 16, pieces, 4, 1, pieces, Pieces(32, 0, -(-dim // 32)), 32, 4, 1)
-    return Tiles(256, 64, 64, 32, pieces, 4, 2, pieces, Pieces(32, 0, -(-dim // 32)), 64, 4, 2)
+        product, state = ProductTiles(16, pieces, 4, 1), StateTiles(pieces, columns, 4, 1)
+        return Tiles(32, 128, product, product, state, state)
+    product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, columns, 4, 2)
+    return Tiles(64, 256, product, product, state, state)
 
 
 def empty_saved(q: Tensor, tiles: Tiles | None = None) -> Saved:
@@ -134,9 +175,11 @@ def empty_saved(q: Tensor, tiles: Tiles | None = None) -> Saved:
     return Saved(
         states=q.new_empty((total, chunks, dim, dim), dtype=state_dtype),
         state_normalisers=q.new_empty((total, chunks, dim), dtype=torch.float32),
-        gate=q.new_empty((total, length), dtype=torch.float64),
-        maximum=q.new_empty((total, length), dtype=torch.float64),
-        border=q.new_empty((total, chunks + 1), dtype=torch.float64),
+        gate=q.new_empty((2, total, length), dtype=torch.float32),
+        maximum=q.new_empty((2, total, length), dtype=torch.float32),
+        write=q.new_empty((total, length), dtype=torch.float32),
+        read=q.new_empty((total, length), dtype=torch.float32),
+        border=q.new_empty((total, -(-length // tiles.tile) + 1), dtype=torch.float64),
         stabiliser=q.new_empty((total, length), dtype=torch.float32),
         normaliser=q.new_empty((total, length), dtype=torch.float32),
     )
@@ -173,11 +216,12 @@ def forward(
         return h, saved
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     call = _Call(q, (q, k, v, h), tiles, reverse, eps)
+    states, sums = saved.states, saved.state_normalisers
     with call.device():
         call.scan_gates(igate, fgate, saved)
-        call.make_states(k, v, h, saved.states, saved.state_normalisers, saved, None, None)
-        call.scan_states(saved.states, saved.state_normalisers, saved, None)
-        call.product(OUTPUT, q, k, v, h, q, saved.states, saved.state_normalisers, saved, None, None, None)
+        call.make_states(k, v, h, states, sums, saved, None, None, None)
+        call.scan_states(states, sums, saved, None)
+        call.product(OUTPUT, q, k, v, h, q, states, sums, saved, saved.read, None, None, None)
     return h, saved
 
 
@@ -220,21 +264,20 @@ def backward(
         return dq, dk, dv, digate, dfgate
     q, k, v, h, dh = (_with_dense_rows(x) for x in (q, k, v, h, dh.to(q.dtype)))
     call = _Call(q, (q, k, v, h, dh, dq, dk, dv), tiles, reverse, eps)
-    total, length, parts = call.total, call.length, tiles.state_columns.split
+    total, length, parts = call.total, call.length, tiles.state_gradient.columns.split
     states = torch.empty_like(saved.states)
     sums = saved.state_normalisers.new_empty((parts, *saved.state_normalisers.shape))
-    inverse = torch.empty_like(saved.normaliser)
+    inverse, read_inverse = torch.empty_like(saved.normaliser), torch.empty_like(saved.normaliser)
     delta = inverse.new_empty((parts, total, length))
-    query_dot, key_dot = (inverse.new_empty((tiles.output.split, total, length)) for _ in range(2))
+    query_dot, key_dot = (inverse.new_empty((tiles.gradient.pieces.split, total, length)) for _ in range(2))
     crossing = inverse.new_empty((total, call.chunks, call.scan_blocks + 1))
+    before = saved.states, saved.state_normalisers
     with call.device():
-        call.make_states(q, dh, h, states, sums, saved, inverse, delta)
+        call.make_states(q, dh, h, states, sums, saved, inverse, read_inverse, delta)
         call.scan_states(states, sums, saved, crossing)
-        call.product(
-            QUERY_GRADIENT, dh, v, k, dq, q, saved.states, saved.state_normalisers, saved, inverse, delta, query_dot
-        )
-        call.product(KEY_GRADIENT, v, dh, q, dk, k, states, sums, saved, inverse, delta, key_dot)
-        call.product(VALUE_GRADIENT, k, q, dh, dv, v, states, sums, saved, inverse, delta, None)
+        call.product(QUERY_GRADIENT, dh, v, k, dq, q, *before, saved, saved.read, inverse, delta, query_dot)
+        call.product(KEY_GRADIENT, v, dh, q, dk, k, states, sums, saved, read_inverse, inverse, delta, key_dot)
+        call.product(VALUE_GRADIENT, k, q, dh, dv, v, states, sums, saved, read_inverse, inverse, delta, None)
         call.gate_gradients(query_dot, key_dot, crossing, fgate, digate, dfgate)
     return dq, dk, dv, digate, dfgate
 
@@ -258,7 +301,7 @@ class _Call:
     def __init__(self, q: Tensor, tensors: tuple[Tensor, ...], tiles: Tiles, reverse: bool, eps: float):
         batch, self.heads, self.length, self.dim = q.shape
         self.total = batch * self.heads
-        self.chunks = -(-self.length // tiles.chunk)
+        self.chunks, self.tile_count = -(-self.length // tiles.chunk), -(-self.length // tiles.tile)
         self.tiles, self.reverse, self.eps = tiles, bool(reverse), float(eps)
         self.target = q.device
         self.scale = 1 / math.sqrt(self.dim)
@@ -266,7 +309,7 @@ class _Call:
         self.unit = ALIGNMENT if aligned else 1
         tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.precision = 'tf32' if tf32 else 'ieee'
-        self.scan_blocks = -(-self.dim * self.dim // tiles.scan_block)
+        self.scan_blocks = -(-self.dim * self.dim // tiles.scan.block)
 
     def device(self) -> contextlib.AbstractContextManager:
         """Make the tensors' GPU the current one."""
@@ -278,60 +321,67 @@ class _Call:
 
     def scan_gates(self, igate: Tensor, fgate: Tensor, saved: Saved) -> None:
         """Fill gate, maximum, border and stabiliser."""
-        grid, sums = (self.total * self.chunks,), saved.border.new_empty((2, self.total, self.chunks))
-        constants = {'CHUNK': self.tiles.chunk, 'REVERSE': self.reverse, 'num_warps': 4}
-        kernels.gate_sum_kernel[grid](igate, fgate, sums[0], sums[1], self.length, self.chunks, **constants)
+        grid, sums = (self.total * self.tile_count,), saved.border.new_empty((2, self.total, self.tile_count))
+        constants = {'TILE': self.tiles.tile, 'REVERSE': self.reverse, 'num_warps': 2}
+        kernels.gate_sum_kernel[grid](igate, fgate, sums[0], sums[1], self.length, self.tile_count, **constants)
         kernels.gate_scan_kernel[grid](
-            igate, fgate, sums[0], sums[1], saved.gate, saved.maximum, saved.stabiliser, saved.border,
-            self.length, self.chunks, **constants,
+            igate, fgate, sums[0], sums[1], saved.gate, saved.maximum, saved.write, saved.read, saved.stabiliser,
+            saved.border, self.total, self.length, self.tile_count, **constants,
         )  # fmt: skip
 
-    def make_states(self, x, y, h, states, sums, saved, inverse, delta) -> None:
+    def make_states(self, x, y, h, states, sums, saved, inverse, read_inverse, delta) -> None:
         """Each chunk's own contribution; backward (inverse given) also 1 / d and delta."""
-        tiles, is_backward = self.tiles, inverse is not None
-        inverse, delta = (inverse, delta) if is_backward else (saved.normaliser, saved.normaliser)
-        kernels.chunk_state_kernel[(self.total * self.chunks * tiles.state_columns.split,)](
-            x, y, h, states, sums, saved.gate, saved.maximum, saved.border, saved.stabiliser, saved.normaliser,
-            inverse, delta, *self.strides(x, y, h), self.total, self.heads, self.length, self.chunks, self.eps,
-            DH=self.dim, RA=tiles.state_rows.wide, RB=tiles.state_rows.narrow, CA=tiles.state_columns.wide,
-            CB=tiles.state_columns.narrow, SPLIT=tiles.state_columns.split, CHUNK=tiles.chunk, BN=tiles.state_tokens,
-            BACKWARD=is_backward, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision,
-            num_warps=tiles.state_warps, num_stages=tiles.state_stages,
+        is_backward = inverse is not None
+        tiles = self.tiles.state_gradient if is_backward else self.tiles.state
+        made = (inverse, read_inverse, delta) if is_backward else (saved.normaliser,) * 3
+        kernels.chunk_state_kernel[(self.total * self.chunks * tiles.columns.split,)](
+            x, y, h, states, sums, saved.write, saved.read, saved.border, saved.stabiliser, saved.normaliser,
+            *made, *self.strides(x, y, h), self.total, self.heads, self.length, self.chunks, self.eps,
+            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, CA=tiles.columns.wide, CB=tiles.columns.narrow,
+            SPLIT=tiles.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile, BACKWARD=is_backward,
+            REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
 
     def scan_states(self, states, sums, saved, crossing) -> None:
         """Turn contributions into states; backward (crossing given) from the end."""
-        tiles, is_backward = self.tiles, crossing is not None
+        tiles, is_backward = self.tiles.scan, crossing is not None
         kernels.state_scan_kernel[(self.total * (self.scan_blocks + 1),)](
             states, sums, saved.states, saved.state_normalisers, saved.border, crossing if is_backward else sums,
-            self.total, self.chunks, STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks,
-            BLOCK=tiles.scan_block, WIDTH=_power_of_two(self.dim),
-            PARTS=tiles.state_columns.split if is_backward else 1, BACKWARD=is_backward, STAGES=tiles.scan_stages,
-            num_warps=tiles.scan_warps,
+            self.total, self.chunks, self.tile_count, PER_CHUNK=self.tiles.chunk // self.tiles.tile, STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks,
+            BLOCK=tiles.block, WIDTH=_power_of_two(self.dim),
+            PARTS=self.tiles.state_gradient.columns.split if is_backward else 1, BACKWARD=is_backward,
+            STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
 
-    def product(self, product, x, y, z, out, partner, states, sums, saved, inverse, delta, row_dot) -> None:
+    def product(self, product, x, y, z, out, partner, states, sums, saved, read, inverse, delta, row_dot) -> None:
         """One of the four products."""
-        tiles, rows = self.tiles, split_dim(self.dim)
+        tiles, inner = self.tiles.output if product == OUTPUT else self.tiles.gradient, split_dim(self.dim)
         unused = saved.normaliser
-        kernels.product_kernel[(self.total * -(-self.length // tiles.rows) * tiles.output.split,)](
-            x, y, z, out, partner, states, sums, saved.gate, saved.maximum, saved.border, saved.stabiliser,
-            saved.normaliser, unused if inverse is None else inverse, unused if delta is None else delta,
-            unused if row_dot is None else row_dot, *self.strides(x, y, z, out, partner), self.total, self.heads,
-            self.length, self.chunks, self.scale, self.eps, DH=self.dim, KA=rows.wide, KB=rows.narrow,
-            CA=tiles.output.wide, CB=tiles.output.narrow, SPLIT=tiles.output.split,
-            DELTAS=tiles.state_columns.split, CHUNK=tiles.chunk, BM=tiles.rows, BN=tiles.columns, BK=tiles.depth,
-            PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision, num_warps=tiles.warps,
-            num_stages=tiles.stages,
+        kernels.product_kernel[(self.total * self.tile_count * tiles.pieces.split,)](
+            x, y, z, out, partner, states, sums, saved.gate, saved.maximum, saved.write, read, saved.border,
+            saved.stabiliser, saved.normaliser, unused if inverse is None else inverse,
+            unused if delta is None else delta, unused if row_dot is None else row_dot,
+            *self.strides(x, y, z, out, partner), self.total, self.heads, self.length, self.chunks, self.scale,
+            self.eps, DH=self.dim, KA=inner.wide, KB=inner.narrow,
+            CA=tiles.pieces.wide, CB=tiles.pieces.narrow, SPLIT=tiles.pieces.split,
+            DELTAS=self.tiles.state_gradient.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile,
+            BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision,
+            **_options(tiles),
         )  # fmt: skip
 
     def gate_gradients(self, query_dot, key_dot, crossing, fgate, digate, dfgate) -> None:
         """Gradients of both gates from the row products."""
         kernels.gate_gradient_kernel[(self.total * self.chunks,)](
             query_dot, key_dot, crossing, fgate, digate, dfgate, self.total, self.length, self.chunks, self.scale,
-            SPLIT=self.tiles.output.split, BLOCKS=self.scan_blocks, WIDTH=_power_of_two(self.scan_blocks + 1),
+            SPLIT=self.tiles.gradient.pieces.split, BLOCKS=self.scan_blocks, WIDTH=_power_of_two(self.scan_blocks + 1),
             CHUNK=self.tiles.chunk, REVERSE=self.reverse, num_warps=4,
         )  # fmt: skip
+
+
+def _options(tiles: ProductTiles | StateTiles) -> dict[str, int]:
+    """Compiler options of a kernel."""
+    limit = {} if tiles.registers is None else {'maxnreg': tiles.registers}
+    return {'num_warps': tiles.warps, 'num_stages': tiles.stages, **limit}
 
 
 def _strides(x: Tensor) -> list[int]:

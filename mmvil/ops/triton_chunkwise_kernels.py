@@ -2,24 +2,29 @@
 
 Notation, all in reading order (position t is row t, or row S - 1 - t when the sequence is read from its end):
 F = cumsum(logsigmoid(f)), g = i - F, M = cummax(g), m = F + M. The weight of position s at position t is
-exp(g_s - M_t) <= 1. F, g and M are scanned once, over the whole sequence, in float64: F falls to -40 * S for closed
-gates, and float64 still leaves 1e-8 of absolute error after a million such steps. Every weight is one exp of a
-difference that is rounded to float32 after the subtraction.
+exp(g_s - M_t) <= 1. F, g and M are scanned over the whole sequence in float64: F falls to -40 * S for closed gates, and
+float64 still leaves 1e-8 of absolute error after a million such steps.
 
-A border value R[c] = max of g before chunk c scales everything that crosses the border: the state before chunk c is
-C[c] = sum_{s < c} exp(g_s - R[c]) k_s v_s^T, its gradient is sum_{t >= c} exp(R[c] - M_t) / d_t q_t dh_t^T with the
-denominator d_t of h_t. Both recurrences have factors <= 1 and need no rescaling.
+The sequence is cut into tiles, and chunks of several tiles. E[j] is the maximum of g before tile j. A weight across a
+border is a product of factors <= 1, of which `write` and `read` are stored:
 
-With the denominator's own gradient written as delta_t = -sign(n_t) * (h_t . dh_t) (0 where the floor exp(-m) is
-active), output and gradients are four products of one form, which `product_kernel` computes:
+    exp(g_s - M_t) = exp(g_s - E[j+1]) * exp(E[j+1] - E[i]) * exp(E[i] - M_t)        s in tile j, t in a later tile i
+                        write_s                                   read_t
+
+so that tiles off the diagonal only scale rows and columns. On the diagonal g and M are needed apart; they are stored
+relative to the tile's own E[j+1], each as a float32 and its remainder.
+
+With R[c] the E before chunk c, the state before the chunk is C[c] = sum_{s < c} exp(g_s - R[c]) k_s v_s^T, and its
+gradient is sum_{t >= c} exp(R[c] - M_t) / d_t q_t dh_t^T, d_t being the denominator of h_t. Both recurrences have factors
+<= 1 and need no rescaling. With delta_t = -sign(n_t) * (h_t . dh_t), or 0 where the floor exp(-m) is active, output and
+gradients are four products of one form, which `product_kernel` computes:
 
     h_t  = sum_{s <= t} (q_t . k_s)            w_ts v_s  / d_t
     dq_t = sum_{s <= t} (dh_t . v_s + delta_t) w_ts k_s  / d_t
     dk_s = sum_{t >= s} (v_s . dh_t + delta_t) w_ts q_t  / d_t
     dv_s = sum_{t >= s} (k_s . q_t)            w_ts dh_t / d_t          w_ts = exp(g_s - M_t) / sqrt(DH)
 
-Positions inside the row's own chunk are visited tile by tile, all others through the state. Tiles off the diagonal use
-exp(g_s - r) * exp(r - M_t) with a border r between both, which is a scaling of columns and, once at the end, of rows.
+Positions in the row's own chunk are visited tile by tile, all others through the state.
 """
 
 import triton
@@ -32,7 +37,7 @@ GATE_FLOOR = tl.constexpr(-1e5)
 LARGEST_EXPONENT = tl.constexpr(88.2)
 """exp of more leaves float32; h is 0 where the denominator would."""
 BORDER_BLOCK = tl.constexpr(256)
-"""Chunks looked at together when the gates of earlier chunks are summed."""
+"""Tiles looked at together when the gates of earlier tiles are summed."""
 
 OUTPUT = tl.constexpr(0)
 QUERY_GRADIENT = tl.constexpr(1)
@@ -72,9 +77,9 @@ def _weight(exponent):
 
 
 @triton.jit
-def _load_gates(igate, fgate, head, start, length, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
-    """Load log input gates and log forget gates of a chunk as float64; outside of the sequence nothing is written."""
-    position = start + tl.arange(0, CHUNK)
+def _load_gates(igate, fgate, head, start, length, TILE: tl.constexpr, REVERSE: tl.constexpr):
+    """Load log input gates and log forget gates of a tile as float64; outside of the sequence nothing is written."""
+    position = start + tl.arange(0, TILE)
     inside = position < length
     row = length - 1 - position if REVERSE else position
     offset = head.to(tl.int64) * length + row
@@ -84,58 +89,56 @@ def _load_gates(igate, fgate, head, start, length, CHUNK: tl.constexpr, REVERSE:
     return write, tl.where(inside, forget, 0.0).to(tl.float64), inside
 
 
-@triton.jit(do_not_specialize=['length', 'chunks'])
-def gate_sum_kernel(
-    igate, fgate, totals, peaks, length, chunks, CHUNK: tl.constexpr, REVERSE: tl.constexpr
-):
-    """Per chunk: sum of the log forget gates, and maximum of g counted from the chunk's start."""
+@triton.jit(do_not_specialize=['length', 'tiles'])
+def gate_sum_kernel(igate, fgate, totals, peaks, length, tiles, TILE: tl.constexpr, REVERSE: tl.constexpr):
+    """Per tile: sum of the log forget gates, and maximum of g counted from the tile's start."""
     program = tl.program_id(0)
-    head, chunk = program // chunks, program % chunks
-    write, forget, _ = _load_gates(igate, fgate, head, chunk * CHUNK, length, CHUNK, REVERSE)
+    write, forget, _ = _load_gates(igate, fgate, program // tiles, program % tiles * TILE, length, TILE, REVERSE)
     tl.store(totals + program, tl.sum(forget, 0))
     tl.store(peaks + program, tl.max(write - tl.cumsum(forget, 0), 0))
 
 
-@triton.jit(do_not_specialize=['length', 'chunks'])
+@triton.jit
+def _store_split(base, stride, offset, value, inside):
+    """Store a float64 as a float32 and, `stride` further, its remainder."""
+    high = value.to(tl.float32)
+    tl.store(base + offset, high, mask=inside)
+    tl.store(base + stride + offset, (value - high.to(tl.float64)).to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=['total_heads', 'length', 'tiles'])
 def gate_scan_kernel(
-    igate,
-    fgate,
-    totals,
-    peaks,
-    gate,
-    maximum,
-    stabiliser,
-    border,
-    length,
-    chunks,
-    CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """Per chunk: g, M (float64) and m of every position, in reading order, and R after the chunk."""
+    igate, fgate, totals, peaks, gate, maximum, write, read, stabiliser, border, total_heads, length, tiles,
+    TILE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Per tile: everything about the gates that other kernels read, and E after the tile."""
     program = tl.program_id(0)
-    head, chunk = program // chunks, program % chunks
+    head, tile = program // tiles, program % tiles
     decay_before = tl.full((), 0.0, tl.float64)
     peak_before = tl.full((), NEGLIGIBLE, tl.float64)
-    for first in range(0, chunk, BORDER_BLOCK):
+    for first in range(0, tile, BORDER_BLOCK):
         index = first + tl.arange(0, BORDER_BLOCK)
-        total = tl.load(totals + head * chunks + index, mask=index < chunk, other=0.0)
-        peak = tl.load(peaks + head * chunks + index, mask=index < chunk, other=NEGLIGIBLE)
+        total = tl.load(totals + head * tiles + index, mask=index < tile, other=0.0)
+        peak = tl.load(peaks + head * tiles + index, mask=index < tile, other=NEGLIGIBLE)
         decay_to = decay_before + tl.cumsum(total, 0) - total
         peak_before = tl.maximum(peak_before, tl.max(peak - decay_to, 0))
         decay_before += tl.sum(total, 0)
 
-    start = chunk * CHUNK
-    write, forget, inside = _load_gates(igate, fgate, head, start, length, CHUNK, REVERSE)
+    inputs, forget, inside = _load_gates(igate, fgate, head, tile * TILE, length, TILE, REVERSE)
     decay = decay_before + tl.cumsum(forget, 0)
-    g = write - decay
+    g = inputs - decay
     highest = tl.maximum(tl.associative_scan(g, 0, _larger), peak_before)
-    offset = head.to(tl.int64) * length + start + tl.arange(0, CHUNK)
-    tl.store(gate + offset, g, mask=inside)
-    tl.store(maximum + offset, highest, mask=inside)
+    after = tl.maximum(tl.max(g, 0), peak_before)
+    stride = total_heads.to(tl.int64) * length
+    offset = head.to(tl.int64) * length + tile * TILE + tl.arange(0, TILE)
+    _store_split(gate, stride, offset, g - after, inside)
+    _store_split(maximum, stride, offset, highest - after, inside)
+    tl.store(write + offset, _weight(g - after), mask=inside)
+    tl.store(read + offset, _weight(peak_before - highest), mask=inside)
     tl.store(stabiliser + offset, (decay + highest).to(tl.float32), mask=inside)
-    borders = border + head * (chunks + 1)
-    tl.store(borders, peak_before, mask=chunk == 0)
-    tl.store(borders + chunk + 1, tl.maximum(tl.max(g, 0), peak_before))
+    borders = border + head * (tiles + 1) + tile
+    tl.store(borders, peak_before, mask=tile == 0)
+    tl.store(borders + 1, after)
 
 
 @triton.jit
@@ -213,11 +216,11 @@ def _store_state(base, rows, columns, state, DH: tl.constexpr):
     ]
 )  # fmt: skip
 def chunk_state_kernel(
-    x, y, h, states, state_normalisers, gate, maximum, border, stabiliser, normaliser, inverse, delta,
+    x, y, h, states, state_normalisers, write, read, border, stabiliser, normaliser, inverse, read_inverse, delta,
     x_batch, x_head, x_row, y_batch, y_head, y_row, h_batch, h_head, h_row,
     total_heads, heads, length, chunks, eps,
     DH: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, SPLIT: tl.constexpr,
-    CHUNK: tl.constexpr, BN: tl.constexpr, BACKWARD: tl.constexpr, REVERSE: tl.constexpr, UNIT: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, BACKWARD: tl.constexpr, REVERSE: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one chunk adds to the state after it (k v^T), or to the gradient of the state before it (q dh^T).
@@ -235,7 +238,7 @@ def chunk_state_kernel(
     y_step = -y_row * UNIT if REVERSE else y_row * UNIT
     h_step = -h_row * UNIT if REVERSE else h_row * UNIT
     row_offset = head.to(tl.int64) * length
-    rows, in_a = tl.arange(0, BN), tl.arange(0, RA)
+    rows, in_a = tl.arange(0, TILE), tl.arange(0, RA)
     column_a = block * (CA + CB) + tl.arange(0, CA)
     state_aa = tl.zeros([RA, CA], tl.float32)
     normaliser_a = tl.zeros([RA], tl.float32)
@@ -249,8 +252,11 @@ def chunk_state_kernel(
         if CB > 0:
             state_bb = tl.zeros([RB, CB], tl.float32)
 
-    reference = tl.load(border + head * (chunks + 1) + chunk + (0 if BACKWARD else 1))
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length), BN):
+    tiles = tl.cdiv(length, TILE)
+    borders = border + head * (tiles + 1)
+    near = chunk * (CHUNK // TILE) if BACKWARD else tl.minimum(chunk * (CHUNK // TILE) + CHUNK // TILE, tiles)
+    reference = tl.load(borders + near)
+    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length), TILE):
         left = length - start
         inside = rows < left
         y_start = _row_start(y_base, start, length, y_row * UNIT, REVERSE)
@@ -259,11 +265,11 @@ def chunk_state_kernel(
             y_b = _load_rows(y_start, rows, column_b, y_step, left, DH)
         position = row_offset + start + rows
         if BACKWARD:
-            highest = tl.load(maximum + position, mask=inside, other=-NEGLIGIBLE)
             n = tl.load(normaliser + position, mask=inside, other=0.0)
             m = tl.load(stabiliser + position, mask=inside, other=0.0)
             over, active = _inverse_denominator(n, m, eps)
-            weight = _weight(reference - highest) * over
+            read_over = tl.load(read + position, mask=inside, other=0.0) * over
+            weight = _weight(reference - tl.load(borders + start // TILE)) * read_over
             h_start = _row_start(h_base, start, length, h_row * UNIT, REVERSE)
             h_a = _load_rows(h_start, rows, column_a, h_step, left, DH)
             product = tl.sum(y_a.to(tl.float32) * h_a.to(tl.float32), 1)
@@ -273,9 +279,11 @@ def chunk_state_kernel(
             slope = tl.where(active, tl.where(n > 0, -product, product), 0.0)
             tl.store(delta + block.to(tl.int64) * total_heads * length + position, slope, mask=inside)
             tl.store(inverse + position, over, mask=inside & (block == 0))
+            tl.store(read_inverse + position, read_over, mask=inside & (block == 0))
         else:
-            weight = _weight(tl.load(gate + position, mask=inside, other=NEGLIGIBLE) - reference)
-            slope = tl.full([BN], 1.0, tl.float32)
+            fade = _weight(tl.load(borders + start // TILE + 1) - reference)
+            weight = tl.load(write + position, mask=inside, other=0.0) * fade
+            slope = tl.full([TILE], 1.0, tl.float32)
 
         x_start = _row_start(x_base, start, length, x_row * UNIT, REVERSE)
         x_a = _load_rows(x_start, rows, in_a, x_step, left, DH).to(tl.float32) * weight[:, None]
@@ -305,10 +313,17 @@ def chunk_state_kernel(
             _store_state(base, in_b, column_b, state_bb, DH)
 
 
-@triton.jit(do_not_specialize=['total_heads', 'chunks'])
+@triton.jit
+def _border_decay(borders, chunk, tiles, PER_CHUNK: tl.constexpr):
+    """exp(R[c] - R[c+1])."""
+    after = tl.minimum(chunk * PER_CHUNK + PER_CHUNK, tiles)
+    return _weight(tl.load(borders + chunk * PER_CHUNK) - tl.load(borders + after))
+
+
+@triton.jit(do_not_specialize=['total_heads', 'chunks', 'tiles'])
 def state_scan_kernel(
-    states, state_normalisers, other_states, other_normalisers, border, crossing, total_heads, chunks,
-    STATE: tl.constexpr, DH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    states, state_normalisers, other_states, other_normalisers, border, crossing, total_heads, chunks, tiles,
+    PER_CHUNK: tl.constexpr, STATE: tl.constexpr, DH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     PARTS: tl.constexpr, BACKWARD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Replace each chunk's contribution by the state before it (backward: the gradient of the state after it), in place.
@@ -318,7 +333,7 @@ def state_scan_kernel(
     """
     block = tl.program_id(0) % (BLOCKS + 1)
     head = tl.program_id(0) // (BLOCKS + 1)
-    borders = border + head * (chunks + 1)
+    borders = border + head * (tiles + 1)
     if block < BLOCKS:
         element = block * BLOCK + tl.arange(0, BLOCK)
         inside = element < STATE
@@ -327,7 +342,7 @@ def state_scan_kernel(
             chunk = chunks - 1 - step if BACKWARD else step
             address = (head.to(tl.int64) * chunks + chunk) * STATE + element
             added = tl.load(states + address, mask=inside, other=0.0).to(tl.float32)
-            keep = _weight(tl.load(borders + chunk) - tl.load(borders + chunk + 1))
+            keep = _border_decay(borders, chunk, tiles, PER_CHUNK)
             tl.store(states + address, carried.to(states.dtype.element_ty), mask=inside)
             carried = keep * carried + added
             if BACKWARD:
@@ -345,7 +360,7 @@ def state_scan_kernel(
             for part in tl.static_range(1, PARTS):
                 shifted = address + total_heads.to(tl.int64) * chunks * DH * part
                 added += tl.load(state_normalisers + shifted, mask=known, other=0.0)
-            keep = _weight(tl.load(borders + chunk) - tl.load(borders + chunk + 1))
+            keep = _border_decay(borders, chunk, tiles, PER_CHUNK)
             tl.store(state_normalisers + address, sums, mask=known)
             sums = keep * sums + added
             if BACKWARD:
@@ -391,15 +406,12 @@ def gate_gradient_kernel(
 
 
 @triton.jit
-def _diagonal_weight(g, highest, s, t):
+def _diagonal_weight(g_high, g_low, highest_high, highest_low, s, t):
     """exp(g_s - M_t) where s <= t, else 0; the arguments are already shaped as rows and columns.
 
-    Both sides are split into a float32 and its remainder, so that steep gates inside the tile cost no digits: g and M
-    can be thousands away from the tile's reference and close to each other.
+    The remainders keep all digits where gates are so steep that g and M are far below the tile's border, yet close to
+    each other.
     """
-    g_high, highest_high = g.to(tl.float32), highest.to(tl.float32)
-    g_low = (g - g_high.to(tl.float64)).to(tl.float32)
-    highest_low = (highest - highest_high.to(tl.float64)).to(tl.float32)
     exponent = (g_high - highest_high) + (g_low - highest_low)
     return tl.where(s <= t, tl.exp(tl.minimum(exponent, 0.0)), 0.0)
 
@@ -415,7 +427,7 @@ def _add_parts(base, part_stride, offset, mask, PARTS: tl.constexpr):
 @triton.jit
 def _from_state(
     x_start, x_step, rows, left, state, state_normaliser, row_delta, column_a, column_b, depth,
-    DH: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    DH: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr,
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What positions of other chunks contribute, through their state: x @ state or x @ state^T, unscaled.
@@ -423,8 +435,8 @@ def _from_state(
     `depth` is DH, or 0 where there is no other chunk.
     """
     TRANSPOSED: tl.constexpr = (PRODUCT == QUERY_GRADIENT) or (PRODUCT == KEY_GRADIENT)
-    out_a, sums = tl.zeros([BM, CA], tl.float32), tl.zeros([BM], tl.float32)
-    out_b = tl.zeros([BM, CB], tl.float32) if CB > 0 else sums
+    out_a, sums = tl.zeros([TILE, CA], tl.float32), tl.zeros([TILE], tl.float32)
+    out_b = tl.zeros([TILE, CB], tl.float32) if CB > 0 else sums
     for begin in range(0, depth, BK):
         inner = begin + tl.arange(0, BK)
         x = _load_rows(x_start, rows, inner, x_step, left, DH)
@@ -443,7 +455,7 @@ def _from_state(
                 state_b = _load_rows(state, inner, column_b, DH, DH, DH)
             out_b = _state_product(out_b, x, state_b, PRECISION)
     if TRANSPOSED:
-        factor = row_delta if PRODUCT == QUERY_GRADIENT else tl.full([BM], 1.0, tl.float32)
+        factor = row_delta if PRODUCT == QUERY_GRADIENT else tl.full([TILE], 1.0, tl.float32)
         present = depth > 0
         sums_a = tl.load(state_normaliser + column_a, mask=(column_a < DH) & present, other=0.0)
         out_a += factor[:, None] * sums_a[None, :]
@@ -455,17 +467,18 @@ def _from_state(
 
 @triton.jit
 def _add_tile(
-    out_a, out_b, sums, x_a, x_b, y_start, z_start, y_step, z_step, columns_left,
-    gate, maximum, inverse, delta, delta_stride, place, scale, row_gate, row_delta, reference, row, start,
-    in_a, in_b, column_a, column_b, DIAGONAL: tl.constexpr, DH: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr,
-    DELTAS: tl.constexpr, BN: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    out_a, out_b, sums, x_a, x_b, y_start, z_start, y_step, z_step, columns_left, gate, maximum, factor, inverse,
+    delta, part_stride, place, fade, scale, row_high, row_low, row_weight, row_delta, on_diagonal,
+    in_a, in_b, column_a, column_b, DH: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, DELTAS: tl.constexpr,
+    TILE: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ((x @ y^T [+ delta]) * weight) @ z for one tile of streamed positions.
 
-    Off the diagonal the weight is that of the column alone, relative to `reference`.
+    Off the diagonal the weight is `row_weight` times the column's `factor` times what fades between both, `fade`.
     """
-    streamed = tl.arange(0, BN)
+    streamed = tl.arange(0, TILE)
     present = streamed < columns_left
+    place += streamed
     y_a = _load_columns(y_start, streamed, in_a, y_step, columns_left, DH)
     product = tl.dot(x_a, y_a, input_precision=PRECISION)
     if KB > 0:
@@ -474,22 +487,25 @@ def _add_tile(
     if PRODUCT == QUERY_GRADIENT:
         product += row_delta[:, None]
     if PRODUCT == KEY_GRADIENT:
-        product += _add_parts(delta, delta_stride, place + streamed, present, DELTAS)[None, :]
-    if PRODUCT >= KEY_GRADIENT:
-        highest = tl.load(maximum + place + streamed, mask=present, other=-NEGLIGIBLE) - reference
-        over = tl.load(inverse + place + streamed, mask=present, other=0.0) * scale
-        if DIAGONAL:
-            weight = _diagonal_weight(row_gate[:, None], highest[None, :], row[:, None], (start + streamed)[None, :])
-            product *= weight * over[None, :]
+        product += _add_parts(delta, part_stride, place, present, DELTAS)[None, :]
+    column_weight = tl.load(factor + place, mask=present, other=0.0) * fade
+    if on_diagonal:
+        if PRODUCT >= KEY_GRADIENT:
+            high = tl.load(maximum + place, mask=present, other=0.0)
+            low = tl.load(maximum + part_stride + place, mask=present, other=0.0)
+            over = tl.load(inverse + place, mask=present, other=0.0) * scale
+            weight = over[None, :] * _diagonal_weight(
+                row_high[:, None], row_low[:, None], high[None, :], low[None, :], streamed[:, None], streamed[None, :]
+            )
         else:
-            product *= (_weight(-highest) * over)[None, :]
+            high = tl.load(gate + place, mask=present, other=0.0)
+            low = tl.load(gate + part_stride + place, mask=present, other=0.0)
+            weight = scale * _diagonal_weight(
+                high[None, :], low[None, :], row_high[:, None], row_low[:, None], streamed[None, :], streamed[:, None]
+            )
     else:
-        g = tl.load(gate + place + streamed, mask=present, other=NEGLIGIBLE) - reference
-        if DIAGONAL:
-            weight = _diagonal_weight(g[None, :], row_gate[:, None], (start + streamed)[None, :], row[:, None])
-            product *= weight * scale
-        else:
-            product *= (_weight(g) * scale)[None, :]
+        weight = row_weight[:, None] * column_weight[None, :]
+    product *= weight
     if PRODUCT == OUTPUT:
         sums += tl.sum(product, 1)
     z_a = _load_rows(z_start, streamed, column_a, z_step, columns_left, DH)
@@ -509,28 +525,29 @@ def _add_tile(
     ]
 )  # fmt: skip
 def product_kernel(
-    x, y, z, out, partner, states, state_normalisers, gate, maximum, border, stabiliser, normaliser, inverse, delta,
-    row_dot, x_batch, x_head, x_row, y_batch, y_head, y_row, z_batch, z_head, z_row, o_batch, o_head, o_row,
-    p_batch, p_head, p_row, total_heads, heads, length, chunks, scale, eps,
+    x, y, z, out, partner, states, state_normalisers, gate, maximum, write, read, border, stabiliser, normaliser,
+    inverse, delta, row_dot, x_batch, x_head, x_row, y_batch, y_head, y_row, z_batch, z_head, z_row,
+    o_batch, o_head, o_row, p_batch, p_head, p_row, total_heads, heads, length, chunks, scale, eps,
     DH: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, SPLIT: tl.constexpr,
-    DELTAS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PRODUCT: tl.constexpr, REVERSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    DELTAS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr,
+    REVERSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One of the four products of this module's head: BM rows of `out`, of which SPLIT programs hold CA + CB columns.
+    """One of the four products of this module's head: a tile of rows of `out`, of which SPLIT programs hold CA + CB columns.
 
     `x @ y^T` is summed in pieces KA + KB >= DH (in steps of BK where y is a state). `partner` is what the rows of `out`
-    are multiplied with for the gradients of the gates.
+    are multiplied with for the gradients of the gates. For gradients of k and v, `read` is the stored read / d.
     """
     MIRRORED: tl.constexpr = PRODUCT >= KEY_GRADIENT
     WITH_DELTA: tl.constexpr = (PRODUCT == QUERY_GRADIENT) or (PRODUCT == KEY_GRADIENT)
     block = tl.program_id(0) % SPLIT
-    tiles = tl.cdiv(length, BM)
+    tiles = tl.cdiv(length, TILE)
     head = tl.program_id(0) // (SPLIT * tiles)
-    first = tl.program_id(0) // SPLIT % tiles * BM
+    tile = tl.program_id(0) // SPLIT % tiles
+    first = tile * TILE
     chunk = first // CHUNK
     left = length - first
     offset = head.to(tl.int64) * length
-    rows = tl.arange(0, BM)
+    rows = tl.arange(0, TILE)
     known = rows < left
     position = offset + first + rows
     x_step = -x_row * UNIT if REVERSE else x_row * UNIT
@@ -539,27 +556,31 @@ def product_kernel(
     x_start = _row_start(_head_start(x, head, heads, x_batch, x_head, UNIT), first, length, x_row * UNIT, REVERSE)
     y_base = _head_start(y, head, heads, y_batch, y_head, UNIT)
     z_base = _head_start(z, head, heads, z_batch, z_head, UNIT)
+    in_a = tl.arange(0, KA)
+    in_b = KA + tl.arange(0, KB) if KB > 0 else in_a
+    x_a = _load_rows(x_start, rows, in_a, x_step, left, DH)
+    x_b = _load_rows(x_start, rows, in_b, x_step, left, DH) if KB > 0 else x_a
 
-    borders = border + head * (chunks + 1) + chunk
-    last = tl.load(maximum + offset + tl.minimum(first + BM, length) - 1)
+    borders = border + head * (tiles + 1)
+    part_stride = total_heads.to(tl.int64) * length
+    own, factor = (gate, read) if MIRRORED else (maximum, write)
+    row_high = tl.load(own + position, mask=known, other=0.0)
+    row_low = tl.load(own + part_stride + position, mask=known, other=0.0)
     if MIRRORED:
-        row_gate = tl.load(gate + position, mask=known, other=NEGLIGIBLE)
-        reference = last
-        carry = _weight(reference - tl.load(borders + 1)) * scale
-        row_weight = _weight(row_gate - reference)
+        row_weight = tl.load(write + position, mask=known, other=0.0)
+        reference = tl.load(borders + tile + 1)
+        after = tl.minimum((chunk + 1) * (CHUNK // TILE), tiles)
+        carry = _weight(reference - tl.load(borders + after)) * scale * row_weight
         depth = tl.where(chunk == chunks - 1, 0, DH)
-        stream_from, stream_to = first + BM, tl.minimum(chunk * CHUNK + CHUNK, length)
+        stream_from, stream_to = first, tl.minimum(chunk * CHUNK + CHUNK, length)
     else:
-        row_gate = tl.load(maximum + position, mask=known, other=-NEGLIGIBLE)
-        reference = tl.load(maximum + offset + first - 1, mask=first > 0, other=NEGLIGIBLE)
-        carry = _weight(tl.load(borders) - reference) * scale
-        row_weight = _weight(reference - row_gate)
+        row_weight = tl.load(read + position, mask=known, other=0.0)
+        reference = tl.load(borders + tile)
+        carry = _weight(tl.load(borders + chunk * (CHUNK // TILE)) - reference) * scale * row_weight
         depth = tl.where(chunk == 0, 0, DH)
-        stream_from, stream_to = chunk * CHUNK, first
-    row_gate -= last
-    delta_stride = total_heads.to(tl.int64) * length
+        stream_from, stream_to = chunk * CHUNK, tl.minimum(first + TILE, length)
     if PRODUCT == QUERY_GRADIENT:
-        row_delta = _add_parts(delta, delta_stride, position, known, DELTAS)
+        row_delta = _add_parts(delta, part_stride, position, known, DELTAS)
     else:
         row_delta = rows
 
@@ -568,34 +589,21 @@ def product_kernel(
     state_index = head * chunks + chunk
     out_a, out_b, sums = _from_state(
         x_start, x_step, rows, left, states + state_index.to(tl.int64) * DH * DH, state_normalisers + state_index * DH,
-        row_delta, column_a, column_b, depth, DH, CA, CB, BM, BK, PRODUCT, PRECISION,
+        row_delta, column_a, column_b, depth, DH, CA, CB, TILE, BK, PRODUCT, PRECISION,
     )  # fmt: skip
-    out_a *= carry
+    out_a *= carry[:, None]
     sums *= carry
     if CB > 0:
-        out_b *= carry
-
-    in_a = tl.arange(0, KA)
-    in_b = KA + tl.arange(0, KB) if KB > 0 else in_a
-    x_a = _load_rows(x_start, rows, in_a, x_step, left, DH)
-    x_b = _load_rows(x_start, rows, in_b, x_step, left, DH) if KB > 0 else x_a
-    for start in range(stream_from, stream_to, BN):
+        out_b *= carry[:, None]
+    for start in range(stream_from, stream_to, TILE):
+        there = tl.load(borders + start // TILE + (0 if MIRRORED else 1))
+        fade = _weight(reference - there if MIRRORED else there - reference) * scale
         out_a, out_b, sums = _add_tile(
             out_a, out_b, sums, x_a, x_b, _row_start(y_base, start, length, y_row * UNIT, REVERSE),
             _row_start(z_base, start, length, z_row * UNIT, REVERSE), y_step, z_step, length - start,
-            gate, maximum, inverse, delta, delta_stride, offset + start, scale, row_gate, row_delta, reference,
-            first + rows, start, in_a, in_b, column_a, column_b, False, DH, KB, CB, DELTAS, BN, PRODUCT, PRECISION,
-        )  # fmt: skip
-    out_a *= row_weight[:, None]
-    sums *= row_weight
-    if CB > 0:
-        out_b *= row_weight[:, None]
-    for start in range(first, tl.minimum(first + BM, length), BN):
-        out_a, out_b, sums = _add_tile(
-            out_a, out_b, sums, x_a, x_b, _row_start(y_base, start, length, y_row * UNIT, REVERSE),
-            _row_start(z_base, start, length, z_row * UNIT, REVERSE), y_step, z_step, length - start,
-            gate, maximum, inverse, delta, delta_stride, offset + start, scale, row_gate, row_delta, last,
-            first + rows, start, in_a, in_b, column_a, column_b, True, DH, KB, CB, DELTAS, BN, PRODUCT, PRECISION,
+            gate, maximum, factor, inverse, delta, part_stride, offset + start, fade, scale, row_high, row_low,
+            row_weight, row_delta, start == first, in_a, in_b, column_a, column_b, DH, KB, CB, DELTAS, TILE, PRODUCT,
+            PRECISION,
         )  # fmt: skip
 
     if PRODUCT == OUTPUT:
@@ -604,7 +612,7 @@ def product_kernel(
     elif PRODUCT == QUERY_GRADIENT:
         over = tl.load(inverse + position, mask=known, other=0.0)
     else:
-        over = tl.full([BM], 1.0, tl.float32)
+        over = tl.full([TILE], 1.0, tl.float32)
     o_start = _row_start(_head_start(out, head, heads, o_batch, o_head, UNIT), first, length, o_row * UNIT, REVERSE)
     o_step = -o_row * UNIT if REVERSE else o_row * UNIT
     p_start = _row_start(_head_start(partner, head, heads, p_batch, p_head, UNIT), first, length, p_row * UNIT, REVERSE)
@@ -619,4 +627,4 @@ def product_kernel(
         if WITH_DELTA:
             dots += tl.sum(out_b * _load_rows(p_start, rows, column_b, p_step, left, DH).to(tl.float32), 1)
     if WITH_DELTA:
-        tl.store(row_dot + delta_stride * block + position, dots, mask=known)
+        tl.store(row_dot + part_stride * block + position, dots, mask=known)
