@@ -1,4 +1,4 @@
-"""The operator on a real device: every dtype, long sequences, every tile setting, determinism, memory, capture, compile."""
+"""The operator on a real device: dtypes, long sequences, every tile setting, determinism, memory, capture, compile."""
 
 import pytest
 import torch
@@ -54,8 +54,9 @@ def test_any_head_size(dim: int) -> None:
 @pytest.mark.parametrize('form', FORMS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    batch=st.integers(1, 3), heads=st.integers(1, 5), length=st.integers(2, 700), dim=st.sampled_from([16, 40, 96, 192]),
-    dtype=st.sampled_from(DTYPES), reverse=st.booleans(), token_major=st.booleans(),
+    batch=st.integers(1, 3), heads=st.integers(1, 5), length=st.integers(2, 700),
+    dim=st.sampled_from([16, 40, 96, 192]), dtype=st.sampled_from(DTYPES), reverse=st.booleans(),
+    token_major=st.booleans(),
 )  # fmt: skip
 def test_random_shapes(
     form: str, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, reverse: bool, token_major: bool
@@ -190,8 +191,10 @@ def test_memory_grows_linearly() -> None:
 
 def test_auto_takes_the_kernels_and_leaves_float64_and_large_heads_to_torch() -> None:
     for shape, dtype, expected_op in [
-        ((1, 1, 20, 16), torch.bfloat16, True), ((1, 1, 20, 16), torch.float64, False), ((1, 1, 20, 520), torch.float32, False)
-    ]:  # fmt: skip
+        ((1, 1, 20, 16), torch.bfloat16, True),
+        ((1, 1, 20, 16), torch.float64, False),
+        ((1, 1, 20, 520), torch.float32, False),
+    ]:
         inputs, _ = make_inputs(shape, dtype, 'cuda')
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             mlstm(*inputs)
