@@ -11,7 +11,7 @@ from mmvil.ops.chunkwise import mlstm_chunkwise
 from mmvil.ops.custom_op import FORMS, mlstm_fwd, mlstm_triton
 from mmvil.ops.triton_launch import device_limits
 
-from .util import TOLERANCE, assert_all_close, computed, expected, make_inputs
+from .util import TOLERANCE, assert_all_close, computed, expected, make_inputs, tf32_allowed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,12 +94,12 @@ def test_runs_are_equal_bit_for_bit(dim: int, form: str) -> None:
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
-def test_float32_products_are_ieee_unless_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_products_are_ieee_unless_tf32_is_allowed() -> None:
     inputs, dh = make_inputs((1, 2, 100, 96), device='cuda')
     reference = expected(inputs, dh, False)
     assert_all_close(computed(lambda *x: mlstm(*x, backend='triton'), inputs, dh), reference, 2e-5)
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', True)
-    fast = computed(lambda *x: mlstm(*x, backend='triton'), inputs, dh)
+    with tf32_allowed():
+        fast = computed(lambda *x: mlstm(*x, backend='triton'), inputs, dh)
     assert_all_close(fast, reference, 5e-3)
     assert not torch.equal(fast[0], computed(lambda *x: mlstm(*x, backend='parallel'), inputs, dh)[0])
 
