@@ -1,1 +1,5 @@
-"""Data sets and transforms for OpenMMLab pipelines."""
+"""Data sets and transforms, registered under the scope `mmvil`."""
+
+from .digits import Digits
+
+__all__ = ['Digits']

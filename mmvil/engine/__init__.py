@@ -2,5 +2,6 @@
 
 from .random_state_hook import RandomStateHook
 from .stop_on_non_finite_loss_hook import StopOnNonFiniteLossHook
+from .training_report_hook import TrainingReportHook
 
-__all__ = ['RandomStateHook', 'StopOnNonFiniteLossHook']
+__all__ = ['RandomStateHook', 'StopOnNonFiniteLossHook', 'TrainingReportHook']

@@ -85,6 +85,14 @@ def make_runner(work_dir, loop, steps, num_workers=0, seed=5, with_val=False, **
     return Runner(**config, cfg=Config(dict()))
 
 
+def train(runner):
+    runner.train()
+    # Left to the garbage collector, torch waits five seconds for each persistent worker.
+    runner.train_dataloader._iterator = None
+    if hasattr(runner.train_loop, 'dataloader_iterator'):
+        runner.train_loop.dataloader_iterator = None
+
+
 def checkpoint_of(work_dir, name):
     # The defaults of torch: weights only, plus what mmengine's log buffers need.
     from mmengine.runner.checkpoint import get_torch_safe_globals
@@ -124,11 +132,11 @@ def assert_same_batches(straight, resumed):
 )
 def test_resumed_run_equals_straight_run(tmp_path, loop, checkpoint, last, num_workers):
     straight = make_runner(tmp_path / 'straight', loop, 4, num_workers)
-    straight.train()
+    train(straight)
     done = len(straight.model.seen) // 2
     resumed = make_runner(
         tmp_path / 'resumed', loop, 4, num_workers, resume=True, load_from=str(tmp_path / 'straight' / checkpoint)
     )
-    resumed.train()
+    train(resumed)
     assert_same_batches(straight.model.seen[done:], resumed.model.seen)
     assert_same_training(checkpoint_of(tmp_path / 'straight', last), checkpoint_of(tmp_path / 'resumed', last))
