@@ -188,14 +188,20 @@ def adapt_to_device(config: Config) -> list[str]:
 
     Returns:
         list[str]: One line for each kind of change.
+
+    Raises:
+        ValueError: for several processes on a device that mmengine cannot start them on.
     """
     messages = []
     device = get_device()
+    launcher = config.get('launcher', 'none')
     if device in DEVICES_WITHOUT_AMP:
+        if launcher != 'none':
+            raise ValueError(f'--launcher {launcher} needs one accelerator for each process, this machine has {device}')
         changed = [_to_plain_wrapper(part) for part in _dicts(config.get('optim_wrapper'))]
         if any(changed):
             messages.append(f'AmpOptimWrapper is not available on {device}: OptimWrapper (float32) is used.')
-    if config.get('launcher', 'none') == 'none':
+    if launcher == 'none':
         changed = [part for part in _dicts(config.get('model')) if _type_name(part) == 'SyncBN']
         for part in changed:
             part['type'] = 'BN'
