@@ -1,5 +1,5 @@
 # The embedded default: a very small ViL on 1437 real images, two minutes on two CPU cores, no download.
-_base_ = ['../_base_/datasets/digits_bs64.py', '../_base_/default_runtime.py']
+_base_ = ['../_base_/datasets/digits_bs64.py', '../_base_/runtime_cls.py']
 
 model = dict(
     type='ImageClassifier',
@@ -35,8 +35,4 @@ auto_scale_lr = dict(base_batch_size=64)
 default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='accuracy/top1', rule='greater'),
 )
-custom_hooks = [
-    dict(type='mmvil.RandomStateHook'),
-    dict(type='mmvil.StopOnNonFiniteLossHook'),
-    dict(type='mmvil.TrainingReportHook'),
-]
+custom_hooks = [*_base_.custom_hooks, dict(type='mmvil.TrainingReportHook')]
