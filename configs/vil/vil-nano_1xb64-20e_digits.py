@@ -5,7 +5,7 @@ model = dict(
     type='ImageClassifier',
     backbone=dict(
         type='mmvil.VisionLSTM',
-        arch=dict(embed_dims=64, num_layers=6),
+        arch=dict(embed_dims=64, num_layers=4),
         img_size=24,
         patch_size=4,
         out_type='bilateral_concat',
@@ -30,9 +30,12 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=True, begin=0, end=3, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=3, end=20, convert_to_iter_based=True),
 ]
+# The operations are too small to share out: on a busy machine a second thread makes each of them wait.
+cpu_threads = 1
 auto_scale_lr = dict(base_batch_size=64)
 
 default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best='accuracy/top1', rule='greater'),
+    visualization=dict(type='VisualizationHook', enable=False, resize=192),
 )
 custom_hooks = [*_base_.custom_hooks, dict(type='mmvil.TrainingReportHook')]

@@ -6,7 +6,7 @@ them once the runner has its logger.
 
 import difflib
 import inspect
-import os.path
+import os
 import zipfile
 from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ __all__ = [
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 # What a config may hold at its top level beyond the runner's own arguments.
-OTHER_KEYS = {'runner_type', 'custom_imports', 'auto_scale_lr', 'tta_model', 'tta_pipeline', 'compile'}
+OTHER_KEYS = {'runner_type', 'custom_imports', 'auto_scale_lr', 'tta_model', 'tta_pipeline', 'compile', 'cpu_threads'}
 DEVICES_WITHOUT_AMP = ('cpu', 'mps')
 
 
@@ -186,6 +186,9 @@ def apply_auto_scale_lr(config: Config) -> None:
 def adapt_to_device(config: Config) -> list[str]:
     """Make a config for GPUs run where there is none, and one for several processes run in one.
 
+    On a CPU, a `cpu_threads` entry of the config sets the number of torch's threads, unless the environment variable
+    OMP_NUM_THREADS does.
+
     Returns:
         list[str]: One line for each kind of change.
 
@@ -194,6 +197,9 @@ def adapt_to_device(config: Config) -> list[str]:
     """
     messages = []
     device = get_device()
+    if device == 'cpu' and config.get('cpu_threads') and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(config.cpu_threads)
+        messages.append(f'torch uses {config.cpu_threads} CPU threads, as the config says (cpu_threads).')
     launcher = config.get('launcher', 'none')
     if device in DEVICES_WITHOUT_AMP:
         if launcher != 'none':
