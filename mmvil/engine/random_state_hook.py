@@ -72,9 +72,9 @@ class RandomStateHook(Hook):
             return
         if 'optimizer' not in checkpoint:
             raise ValueError(
-                'The training cannot continue from this checkpoint: it holds no optimizer state (mmengine leaves it out '
-                "of 'best_*.pth'). Resume from 'epoch_*.pth' or 'iter_*.pth', or start a new training from its weights "
-                'with load_from and resume=False.'
+                'The training cannot continue from this checkpoint: it holds no optimizer state (mmengine leaves it '
+                "out of 'best_*.pth'). Resume from 'epoch_*.pth' or 'iter_*.pth', or start a new training from its "
+                'weights with load_from and resume=False.'
             )
         state = checkpoint.get('random_state')
         if state is None:
