@@ -1,6 +1,8 @@
 """The ViL layer and its pre-norm residual block."""
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ class ViLLayer(BaseModule):
         init_cfg: mmengine initialisation config.
 
     Raises:
+        TypeError: The expand_ratio is no number.
         ValueError: An option is unknown or sizes do not divide.
 
     Source: Vision-LSTM (arXiv 2406.04303) section 3 and figure 2.
@@ -57,6 +60,8 @@ class ViLLayer(BaseModule):
         init_cfg: dict | list | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if not isinstance(expand_ratio, (int, float)):
+            raise TypeError(f'expand_ratio must be a number, got {expand_ratio!r}')
         inner_dims = round(expand_ratio * embed_dims)
         _check_layer(embed_dims, inner_dims, num_heads, qkv_block_size, conv, conv_kernel_size, mlstm_backend)
         self.embed_dims, self.inner_dims, self.num_heads = embed_dims, inner_dims, num_heads
@@ -117,7 +122,13 @@ class ViLLayer(BaseModule):
 
     def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gate pre-activations, (B, NH, S) each, in at least float32 also under autocast."""
-        with torch.autocast(q.device.type, enabled=False):
+        device_type = q.device.type
+        without_autocast = (
+            torch.autocast(device_type, enabled=False)
+            if torch.amp.is_autocast_available(device_type)
+            else nullcontext()
+        )
+        with without_autocast:
             joined = torch.cat([q, k, v], dim=-1).to(self.igate.weight.dtype)
             return self.igate(joined).transpose(1, 2), self.fgate(joined).transpose(1, 2)
 
@@ -183,7 +194,7 @@ def _check_layer(
         'conv_kernel_size': conv_kernel_size,
     }
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f'{name} must be a positive int, got {size!r}')
     for name in ('num_heads', 'qkv_block_size'):
         if inner_dims < 1 or inner_dims % sizes[name]:
@@ -200,5 +211,5 @@ def _check_tokens(x: Tensor, grid: tuple[int, int], embed_dims: int) -> None:
     """Refuse tokens that do not fit the layer or the grid."""
     if x.dim() != 3 or x.shape[-1] != embed_dims:
         raise ValueError(f'expected tokens of shape (B, S, {embed_dims}), got {tuple(x.shape)}')
-    if len(grid) != 2 or grid[0] * grid[1] != x.shape[1]:
-        raise ValueError(f'grid must be (rows, columns) with {x.shape[1]} tokens, got {tuple(grid)}')
+    if not isinstance(grid, Sequence) or len(grid) != 2 or grid[0] * grid[1] != x.shape[1]:
+        raise ValueError(f'grid must be (rows, columns) with {x.shape[1]} tokens, got {grid}')
