@@ -104,7 +104,7 @@ def _scan_states(k: Tensor, v: Tensor, write: Tensor, forget: Tensor, reverse: b
     Returns:
         Before each chunk: matrix (B, NH, NC, DH, DH), normaliser (B, NH, NC, DH), stabiliser (B, NH, NC).
     """
-    local_maximum = write.max(-1).values
+    local_maximum = write.max(-1).values.clamp(min=NEGLIGIBLE)  # input gates may be -inf: nothing is written
     weighted = k * torch.exp(write - local_maximum[..., None])[..., None]
     local_cell = weighted.transpose(-1, -2) @ v
     local_normaliser = weighted.sum(-2)

@@ -151,6 +151,6 @@ def mlstm_parallel(
     decay = segment_decay(F.logsigmoid(fgate), reverse)
     mask = scan_order_mask(length, reverse, q.device)
     weight = (decay + igate[..., None, :]).masked_fill(~mask, -math.inf)
-    maximum = weight.max(dim=-1).values
+    maximum = weight.max(dim=-1).values.clamp(min=NEGLIGIBLE)  # input gates may be -inf: nothing is written
     attention = (q / math.sqrt(dim)) @ k.transpose(-1, -2) * torch.exp(weight - maximum[..., None])
     return divide_by_normaliser(attention @ v, attention.sum(-1), maximum, eps)
