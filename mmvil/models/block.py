@@ -60,10 +60,11 @@ class ViLLayer(BaseModule):
         init_cfg: dict | list | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        if not isinstance(expand_ratio, (int, float)):
-            raise TypeError(f'expand_ratio must be a number, got {expand_ratio!r}')
-        inner_dims = round(expand_ratio * embed_dims)
-        _check_layer(embed_dims, inner_dims, num_heads, qkv_block_size, conv, conv_kernel_size, mlstm_backend)
+        sizes = {'num_heads': num_heads, 'qkv_block_size': qkv_block_size}
+        _check_sizes(embed_dims=embed_dims, conv_kernel_size=conv_kernel_size, init_num_blocks=init_num_blocks, **sizes)
+        _check_choice('conv', conv, CONVOLUTIONS)
+        _check_choice('mlstm_backend', mlstm_backend, ('auto', *BACKENDS))
+        inner_dims = _inner_width(embed_dims, expand_ratio, **sizes)
         self.embed_dims, self.inner_dims, self.num_heads = embed_dims, inner_dims, num_heads
         self.reverse, self.mlstm_backend = reverse, mlstm_backend
         self.init_num_blocks = init_num_blocks
@@ -177,34 +178,30 @@ class ViLBlock(BaseModule):
         return x + self.drop_path(self.layer(self.norm(x), grid))
 
 
-def _check_layer(
-    embed_dims: int,
-    inner_dims: int,
-    num_heads: int,
-    qkv_block_size: int,
-    conv: str | None,
-    conv_kernel_size: int,
-    mlstm_backend: str,
-) -> None:
-    """Refuse options that cannot work, naming what is accepted."""
-    sizes = {
-        'embed_dims': embed_dims,
-        'num_heads': num_heads,
-        'qkv_block_size': qkv_block_size,
-        'conv_kernel_size': conv_kernel_size,
-    }
+def _check_sizes(**sizes: int) -> None:
+    """Refuse sizes that are not positive ints."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f'{name} must be a positive int, got {size!r}')
-    for name in ('num_heads', 'qkv_block_size'):
-        if inner_dims < 1 or inner_dims % sizes[name]:
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}')
+
+
+def _inner_width(embed_dims: int, expand_ratio: float, **divisors: int) -> int:
+    """Compute the inner width, which the divisors must divide."""
+    if not isinstance(expand_ratio, (int, float)):
+        raise TypeError(f'expand_ratio must be a number, got {expand_ratio!r}')
+    width = round(expand_ratio * embed_dims)
+    for name, divisor in divisors.items():
+        if width < 1 or width % divisor:
             raise ValueError(
-                f'the inner width expand_ratio * embed_dims = {inner_dims} must be a multiple of {name} = {sizes[name]}'
+                f'the inner width expand_ratio * embed_dims = {width} must be a multiple of {name} = {divisor}'
             )
-    if conv not in CONVOLUTIONS:
-        raise ValueError(f'conv must be one of {list(CONVOLUTIONS)}, got {conv!r}')
-    if mlstm_backend not in ('auto', *BACKENDS):
-        raise ValueError(f'mlstm_backend must be one of {["auto", *BACKENDS]}, got {mlstm_backend!r}')
+    return width
 
 
 def _check_tokens(x: Tensor, grid: tuple[int, int], embed_dims: int) -> None:
