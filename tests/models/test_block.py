@@ -5,56 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from mmvil.models import ViLBlock, ViLLayer
 
-from ..ops.definition import mlstm_by_definition
+from .explicit import explicit_layer, randomise
 
 GRID = (3, 4)
-
-
-def randomise(module: nn.Module) -> None:
-    """Draw every parameter, so that none can be left out without notice."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5)
-
-
-def explicit_layer(layer: ViLLayer, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Compute a layer token by token. Reading from the bottom right is a plain reversal of the tokens here."""
-    p = dict(layer.named_parameters())
-    tokens = x.flip(1) if layer.reverse else x
-    up = tokens @ p['proj_up.weight'].T + p.get('proj_up.bias', 0)
-    a, z = up[..., : layer.inner_dims], up[..., layer.inner_dims :]
-    c = F.silu(explicit_convolution(p, a, grid))
-
-    def project(name: str, y: Tensor) -> Tensor:
-        return y @ torch.block_diag(*p[f'{name}.weight']).T + p.get(f'{name}.bias', 0)
-
-    q, k, v = project('q_proj', c), project('k_proj', c), project('v_proj', a)
-    joined = torch.cat([q, k, v], -1)
-    gates = [(joined @ p[f'{name}.weight'].T + p[f'{name}.bias']).transpose(1, 2) for name in ('igate', 'fgate')]
-    heads = layer.num_heads
-    q, k, v = (torch.stack(y.chunk(heads, -1), 1) for y in (q, k, v))
-    h = mlstm_by_definition(q, k, v, *gates)
-    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-    h = torch.cat(h.unbind(1), -1) * (1 + p['head_norm.weight']) + p.get('head_norm.bias', 0)
-    out = ((h + p['skip'] * c) * F.silu(z)) @ p['proj_down.weight'].T + p.get('proj_down.bias', 0)
-    return out.flip(1) if layer.reverse else out
-
-
-def explicit_convolution(p: dict[str, Tensor], a: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Convolve over the grid or along the sequence, as the kernel says; not at all without one."""
-    if 'conv.weight' not in p:
-        return a
-    kernel, channels = p['conv.weight'], a.shape[-1]
-    if kernel.dim() == 4:
-        image = a.transpose(1, 2).unflatten(2, grid)
-        convolved = F.conv2d(image, kernel, p['conv.bias'], padding=kernel.shape[-1] // 2, groups=channels)
-        return convolved.flatten(2).transpose(1, 2)
-    padded = F.pad(a.transpose(1, 2), (kernel.shape[-1] - 1, 0))
-    return F.conv1d(padded, kernel, p['conv.bias'], groups=channels).transpose(1, 2)
 
 
 OPTIONS = {
