@@ -126,7 +126,9 @@ def test_short_floats_lose_only_the_last_rounding(dtype: torch.dtype, backend: s
     expected = output_and_gradients(exact, upstream.double(), reverse=reverse, backend='recurrent')
     actual = output_and_gradients(inputs, upstream, reverse=reverse, backend=backend)
     assert all(x.dtype == dtype for x in actual)
-    assert_all_close(actual, expected, ROUNDING[dtype])
+    # The definition runs in float64 also for float32: its last rounding alone remains.
+    definition = backend == 'recurrent' and dtype == torch.float32
+    assert_all_close(actual, expected, 2**-24 * 1.01 if definition else ROUNDING[dtype])
 
 
 @BACKENDS
@@ -188,7 +190,7 @@ def test_closed_input_gates_give_exactly_zero(dtype: torch.dtype, backend: str, 
 @BACKENDS
 def test_gates_of_minus_infinity_mask_tokens(backend: str) -> None:
     q, k, v, igate, fgate = random_inputs(140, 4)
-    igate[:, :, 70:] = -torch.inf  # a whole chunk
+    igate[:, :, 40:100] = -torch.inf  # a whole chunk and more
     igate[:, :, :3] = igate[:, :, 9] = -torch.inf
     fgate[:, :, 12] = -torch.inf
     h, *gradients = output_and_gradients([q, k, v, igate, fgate], torch.ones_like(q), backend=backend)
