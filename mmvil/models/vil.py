@@ -320,7 +320,7 @@ def _resample_loaded_positions(module: VisionLSTM, state_dict: dict[str, Tensor]
         return
     grid = (own.shape[1], own.shape[2])
     print_log(f'resample the position table from {tuple(table.shape[1:3])} to {grid} tokens', logger='current')
-    state_dict[key] = resample_positions(table, grid, module.interpolate_mode)
+    state_dict[key] = resample_positions(table.double(), grid, module.interpolate_mode).to(table.dtype)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str] | Mapping[str, object]) -> None:
