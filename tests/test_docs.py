@@ -158,6 +158,7 @@ def test_documented_options_exist(page, tool_options):
             tool = re.search(r'tools/(\w+\.(?:py|sh))(.*)', command)
             if tool:
                 name, rest = LAUNCHERS.get(tool[1], tool[1]), tool[2]
+                assert name in tool_options, f'{page.name} uses tools/{name}, which does not exist'
                 unknown = set(re.findall(r'(?<=\s)--[a-z][\w-]*', rest)) - tool_options[name]
                 assert not unknown, f'{page.name}: {name} has no option {sorted(unknown)}'
 
