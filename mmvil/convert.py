@@ -63,8 +63,8 @@ def mmvil_to_official(state_dict: Mapping, layout: str = 'module', version: str 
     Args:
         state_dict: Keys of a classifier or a bare backbone, with or without an outer `state_dict` entry; not changed.
         layout: 'module' or 'published'.
-        version: 'v1' or 'v2'. Default: read from keys and shapes; a model with an unbiased causal convolution of size
-            4 and averaged tokens is taken for v1.
+        version: 'v1' or 'v2'. Default: read from keys and shapes; an unbiased model with causal convolutions of size 4
+            whose head, if any, takes one token's width is taken for v1.
 
     Returns:
         A new dictionary with the same tensors.
@@ -263,7 +263,6 @@ def _mmvil_version(flat: Mapping[str, Tensor]) -> str:
     only_v2 = (
         conv is None or conv.dim() == 4 or conv.shape[-1] != 4,
         'blocks.0.norm.bias' in flat,
-        'norm.weight' in flat and 'pool_norm.weight' not in flat,
         head is not None and head.shape[1] != flat['patch_embed.proj.weight'].shape[0],
     )
     return 'v2' if any(only_v2) else 'v1'
