@@ -6,9 +6,11 @@ show output (`>>>`) are not used in pages; docstrings of the package are, and ru
 """
 
 import ast
+import contextlib
 import doctest
 import importlib
 import importlib.util
+import io
 import pkgutil
 import re
 import sys
@@ -18,7 +20,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').rglob('*.md')])
+PAGES = sorted(
+    [*ROOT.glob('*.md'), *(page for name in ('benchmarks', 'configs', 'docs') for page in ROOT.glob(f'{name}/**/*.md'))]
+)
 FENCE = re.compile(r'^[ >]*```(\w*)\n(.*?)^[ >]*```$', re.MULTILINE | re.DOTALL)
 REPOSITORY_PATH = re.compile(
     r'(?<![\w./-])((?:configs|tools|docs|tests|benchmarks|mmvil|\.ci|\.github)/[\w./*-]*[\w*])'
@@ -136,18 +140,16 @@ def tool_options():
         spec = importlib.util.spec_from_file_location(f'documented_{tool.stem}', tool)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        known[tool.name] = read_options(module.parse_args)
+        known[tool.name] = read_options(module.main)
     return known
 
 
-def read_options(parse_args) -> set[str]:
+def read_options(main) -> set[str]:
     """Options that a command prints with --help."""
-    import contextlib
-    import io
-
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        parse_args(['--help'])
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, 'argv', ['tool', '--help'])
+        main()
     return set(re.findall(r'--[a-z][\w-]*', printed.getvalue()))
 
 
