@@ -147,9 +147,10 @@ def tool_options():
 def read_options(main) -> set[str]:
     """Options that a command prints with --help."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['tool', '--help'])
-        main()
+        with pytest.raises(SystemExit):
+            main()
     return set(re.findall(r'--[a-z][\w-]*', printed.getvalue()))
 
 
