@@ -52,6 +52,8 @@ class VisionLSTM(BaseModule):
         with_cp: Recompute the sub-blocks' activations in the backward pass to save memory.
         interpolate_mode: How the position table is resampled: 'bicubic', 'bilinear' or 'nearest'.
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
+        pos_grid: Rows and columns of the position table, an int or a pair. Default: the token grid of `img_size`. With
+            another one the table is resampled in each forward, as the published stride-8 models do.
         conv: 'conv2d', 'causal_conv1d', None (no convolution) or 'default' (as the version says).
         conv_kernel_size: Kernel size of the convolution. Default: 3 for 'conv2d', 4 for 'causal_conv1d'.
         proj_bias: Whether projections have biases. Default: as the version says.
@@ -111,6 +113,7 @@ class VisionLSTM(BaseModule):
         with_cp: bool = False,
         interpolate_mode: str = 'bicubic',
         mlstm_backend: str = 'auto',
+        pos_grid: int | Sequence[int] | None = None,
         conv: str | None = 'default',
         conv_kernel_size: int | None = None,
         proj_bias: bool | None = None,
@@ -137,6 +140,7 @@ class VisionLSTM(BaseModule):
             _check_positive('in_channels', in_channels), self.embed_dims, self.patch_size, self.patch_stride
         )
         grid = patch_grid(to_pair(img_size, 'img_size'), self.patch_size, self.patch_stride)
+        grid = grid if pos_grid is None else to_pair(pos_grid, 'pos_grid')
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, self.embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.register_load_state_dict_pre_hook(_resample_loaded_positions)
