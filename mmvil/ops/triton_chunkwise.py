@@ -213,8 +213,8 @@ def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
         needed.append((tiles.tile * inner + max(tiles.tile * streamed, from_state)) * dtype.itemsize + vectors)
     for state in (tiles.state, tiles.state_gradient):
         rows, columns = state.rows.wide + state.rows.narrow, state.columns.wide + state.columns.narrow
-        loaded = state.stages * tiles.tile * (rows + 2 * columns) * dtype.itemsize
-        scaled = tiles.tile * max(state.rows.wide, columns) * (2 if dtype == torch.bfloat16 else 4)
+        loaded = state.stages * tiles.tile * (rows + 2 * columns) * dtype.itemsize if state.stages > 1 else 0
+        scaled = tiles.tile * (state.rows.wide + columns) * (2 if dtype == torch.bfloat16 else 4)
         needed.append(loaded + scaled)
     return max(needed)
 
