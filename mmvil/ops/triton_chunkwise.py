@@ -205,7 +205,7 @@ def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
     """
     inner = split_dim(dim)
     inner = inner.wide + inner.narrow
-    needed, vectors = [4096], 0 if tiles.output.stages == 1 else 1024
+    needed, vectors = [4096], 0 if tiles.output.stages == 1 else 2048
     for product in (tiles.output, tiles.gradient):
         outer = product.pieces.wide + product.pieces.narrow
         streamed = product.stages * (inner + outer) if product.stages > 1 else max(inner, outer)
@@ -213,8 +213,8 @@ def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
         needed.append((tiles.tile * inner + max(tiles.tile * streamed, from_state)) * dtype.itemsize + vectors)
     for state in (tiles.state, tiles.state_gradient):
         rows, columns = state.rows.wide + state.rows.narrow, state.columns.wide + state.columns.narrow
-        loaded = state.stages * tiles.tile * (rows + 2 * columns) * dtype.itemsize if state.stages > 1 else 0
-        scaled = tiles.tile * (state.rows.wide + columns) * (2 if dtype == torch.bfloat16 else 4)
+        scaled = tiles.tile * (2 * rows if dtype == torch.bfloat16 else 4 * (rows + columns))
+        loaded = state.stages * tiles.tile * columns * dtype.itemsize + 10240 if state.stages > 1 else 0
         needed.append(loaded + scaled)
     return max(needed)
 
