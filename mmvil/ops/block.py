@@ -19,6 +19,17 @@ from .triton_launch import dot_precision
 __all__ = ['BlockShape', 'Cell', 'block_backward', 'block_forward']
 
 STRIP_COLUMNS = 16
+# Channels or elements of a tile, warps, and where there is a third number, programs aimed at.
+SETTINGS = {
+    'norm': (4096, 8),
+    'norm_backward': (2048, 4, 1024),
+    'mix': (32, 2),
+    'mix_backward': (32, 2),
+    'conv_backward': (32, 4),
+    'output': (4096, 4),
+    'output_backward': (2048, 4),
+    'programs': 1024,
+}
 NORM_EPS = 1e-5
 
 
@@ -72,10 +83,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     rows, dims = x.shape
     out = torch.empty_like(x, dtype=dtype)
     width = triton.next_power_of_2(dims)
-    height = max(1, 4096 // width)
+    height = max(1, SETTINGS['norm'][0] // width)
     kernels.layer_norm_kernel[(triton.cdiv(rows, height),)](
         x, weight, weight if bias is None else bias, out, rows, dims, NORM_EPS, HAS_BIAS=bias is not None,
-        BM=height, BD=width, num_warps=8,
+        BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     return out
 
@@ -87,13 +98,14 @@ def _layer_norm_backward(
     rows, dims = x.shape
     dx = torch.empty_like(x)
     width = triton.next_power_of_2(dims)
-    height = max(1, 2048 // width)
-    steps = max(1, triton.cdiv(rows, height * 1024))
+    height = max(1, SETTINGS['norm_backward'][0] // width)
+    steps = max(1, triton.cdiv(rows, height * SETTINGS['norm_backward'][2]))
     programs = triton.cdiv(rows, height * steps)
     sums = x.new_empty(programs, 3, dims, dtype=torch.float32)
     kernels.layer_norm_backward_kernel[(programs,)](
-        x, weight, dnorm, dout, dbranch, dx, sums, rows, dims, NORM_EPS, steps, BM=height, BD=width, num_warps=4
-    )
+        x, weight, dnorm, dout, dbranch, dx, sums, rows, dims, NORM_EPS, steps, BM=height, BD=width,
+        num_warps=SETTINGS['norm_backward'][1],
+    )  # fmt: skip
     return dx, sums.sum(0)
 
 
@@ -110,37 +122,47 @@ def _channels(shape: BlockShape, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(shape.inner)))
 
 
-def _flags(shape: BlockShape, dtype: torch.dtype, channels: int) -> dict:
-    """Compile-time arguments that the mixing kernels share."""
-    return {
-        'IS_2D': shape.two_dimensional,
-        'QB': shape.block,
-        'HEADS': shape.heads,
-        'PRECISION': dot_precision(dtype),
-        'BW': STRIP_COLUMNS,
-        'BC': channels,
-        'BG': max(16, triton.next_power_of_2(2 * shape.heads)),
-    }
+def _gate_width(shape: BlockShape) -> int:
+    """Columns of a tile of gates."""
+    return max(16, triton.next_power_of_2(2 * shape.heads))
+
+
+def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
+    """Biases of the projections, or something to point to where there are none."""
+    return [weights['conv_b'] if weights[name] is None else weights[name] for name in ('bq', 'bk', 'bv')]
+
+
+def _prepare(shape: BlockShape, weights: dict[str, Tensor | None], channels: int, dtype: torch.dtype) -> list[Tensor]:
+    """Weights in tiles of `channels` channels; see `prepare_kernel`."""
+    parts, gates = triton.cdiv(shape.inner, channels), _gate_width(shape)
+    square = weights['wq'].new_empty(parts, 3, channels, channels, dtype=dtype)
+    tall = square.new_empty(parts, 2, channels, gates)
+    constant = square.new_empty(parts, gates, dtype=torch.float32)
+    kernels.prepare_kernel[(parts,)](
+        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], square, tall, constant, shape.inner,
+        QB=shape.block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
+    )  # fmt: skip
+    return [square, tall, constant]
 
 
 def _mix(
-    shape: BlockShape, a: Tensor, conv: Tensor, weights: dict[str, Tensor | None], with_gates: bool
-) -> tuple[Tensor, ...]:
+    shape: BlockShape, a: Tensor, conv: Tensor, prepared: Sequence[Tensor], weights: dict[str, Tensor | None],
+    with_gates: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """c, q, k, v (B, S, E) and, if wanted, the gates' pre-activations without bias (2, B, NH, S)."""
-    channels = _channels(shape, 64)
-    parts = triton.cdiv(shape.inner, channels)
+    parts, _, channels, _ = prepared[0].shape
     c, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
     partial = a.new_empty(
         (parts, 2, shape.batch, shape.heads, shape.tokens) if with_gates else (1,), dtype=torch.float32
     )
     height, row_blocks, strips = _strips(shape)
     rows, width = shape.walk
-    biases = [weights[name] if weights[name] is not None else conv for name in ('bq', 'bk', 'bv')]
     kernels.mix_kernel[(parts, strips, shape.batch)](
-        a, a.stride(0), a.stride(1), conv, weights['conv_b'], weights['wq'], weights['wk'], weights['wv'], *biases,
-        weights['wg'], c, q, k, v, partial, shape.batch, shape.tokens, rows, width, shape.inner, height, row_blocks,
-        shape.first_tap, HAS_BIAS=weights['bq'] is not None, WITH_GATES=with_gates, num_warps=4,
-        **_flags(shape, a.dtype, channels),
+        a, a.stride(0), a.stride(1), conv, weights['conv_b'], *prepared, *_biases(weights), c, q, k, v, partial,
+        shape.batch, shape.tokens, rows, width, shape.inner, height, row_blocks, shape.first_tap,
+        IS_2D=shape.two_dimensional, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, WITH_GATES=with_gates,
+        PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=_gate_width(shape),
+        num_warps=SETTINGS['mix'][1],
     )  # fmt: skip
     return c, q, k, v, partial.sum(0) if with_gates else None
 
@@ -161,12 +183,12 @@ def _output(shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, weights: dict[st
     dim = shape.inner // shape.heads
     y = torch.empty_like(c)
     width = triton.next_power_of_2(dim)
-    height = max(1, 4096 // width)
+    height = max(1, SETTINGS['output'][0] // width)
     bias = weights['head_b']
     kernels.output_kernel[(triton.cdiv(shape.tokens, height), shape.heads, shape.batch)](
         h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
         weights['head_w'] if bias is None else bias, weights['skip'], y, shape.tokens, shape.inner, NORM_EPS,
-        HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=4,
+        HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=SETTINGS['output'][1],
     )  # fmt: skip
     return y
 
@@ -191,7 +213,9 @@ def block_forward(
     u = F.linear(normalised, weights['up_w'].to(dtype), _cast(weights['up_b'], dtype))
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
-    c, q, k, v, gates = _mix(shape, a, _taps(weights['conv_w'], shape.reverse), weights, with_gates=True)
+    conv = _taps(weights['conv_w'], shape.reverse)
+    prepared = _prepare(shape, weights, _channels(shape, SETTINGS['mix'][0]), dtype)
+    c, q, k, v, gates = _mix(shape, a, conv, prepared, weights, with_gates=True)
     gates = gates + weights['gate_b'].float().view(2, 1, shape.heads, 1)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
@@ -232,7 +256,8 @@ def block_backward(
     flat = dbranch.flatten(0, 1)
     a, z = u.chunk(2, -1)
     conv = _taps(weights['conv_w'], shape.reverse)
-    c, q, k, v, _ = _mix(shape, a, conv, weights, with_gates=False)
+    prepared = _prepare(shape, weights, _channels(shape, SETTINGS['mix'][0]), dtype)
+    c, q, k, v, _ = _mix(shape, a, conv, prepared, weights, with_gates=False)
     dy = (flat @ weights['down_w'].to(dtype)).view(batch, tokens, inner)
     du = torch.empty_like(u)
     da, dz = du.chunk(2, -1)
@@ -246,7 +271,7 @@ def block_backward(
     )
     dgates = torch.stack(dgates)
     grads['gate_b'] = dgates.sum((1, 3)).flatten()
-    dpre = _mix_backward(shape, a, conv, (q, k, v), (dq, dk, dv), dgates, dc, da, weights, grads)
+    dpre = _mix_backward(shape, a, conv, prepared, (dq, dk, dv), dgates, dc, da, weights, grads)
     da_sum = _conv_backward(shape, a, conv, dpre, da, grads)
     grads['up_b'] = torch.cat([da_sum, dz_sum])
     normalised = layer_norm(x.flatten(0, 1), weights['norm_w'], weights['norm_b'], dtype)
@@ -265,7 +290,7 @@ def _output_backward(
     dim = shape.inner // shape.heads
     y, dh, dc = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
     width = triton.next_power_of_2(dim)
-    height = max(1, 2048 // width)
+    height = max(1, SETTINGS['output_backward'][0] // width)
     steps = max(1, min(8, shape.tokens // (4 * height)))
     blocks = triton.cdiv(shape.tokens, height * steps)
     sums = c.new_empty(shape.batch * blocks, 4, shape.inner, dtype=torch.float32)
@@ -274,47 +299,49 @@ def _output_backward(
         h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
         weights['head_w'] if bias is None else bias, weights['skip'], dy, y, dz, dz.stride(0), dz.stride(1), dh, dc, sums,
         shape.tokens, shape.inner, NORM_EPS, steps, blocks, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width,
-        num_warps=4,
+        num_warps=SETTINGS['output_backward'][1],
     )  # fmt: skip
     return y, dh, dc, sums.sum(0)
 
 
 def _groups(shape: BlockShape, parts: int, strips: int) -> tuple[int, int]:
     """Groups of images, and images of each, so that there are programs enough but few partial sums."""
-    groups = max(1, min(shape.batch, 1024 // (parts * strips)))
+    groups = max(1, min(shape.batch, SETTINGS['programs'] // (parts * strips)))
     batches = triton.cdiv(shape.batch, groups)
     return triton.cdiv(shape.batch, batches), batches
 
 
 def _mix_backward(
-    shape: BlockShape, a: Tensor, conv: Tensor, qkv: Sequence[Tensor], dqkv: Sequence[Tensor], dgates: Tensor, dc: Tensor,
-    da: Tensor, weights: dict[str, Tensor | None], grads: dict[str, Tensor],
+    shape: BlockShape, a: Tensor, conv: Tensor, prepared: Sequence[Tensor], dqkv: Sequence[Tensor], dgates: Tensor,
+    dc: Tensor, da: Tensor, weights: dict[str, Tensor | None], grads: dict[str, Tensor],
 ) -> Tensor:  # fmt: skip
     """Gradient of the convolution's output (B, S, E); da is written in place, the sums enter `grads`."""
-    channels = _channels(shape, 32)
-    parts = triton.cdiv(shape.inner, channels)
+    square, tall, _ = prepared
+    parts, _, channels, _ = square.shape
     height, row_blocks, strips = _strips(shape)
     groups, batches = _groups(shape, parts, strips)
     rows, width = shape.walk
-    inner, block, heads = shape.inner, shape.block, shape.heads
+    inner, block, heads, gates = shape.inner, shape.block, shape.heads, _gate_width(shape)
     dpre = torch.empty_like(dc)
-    dqkv = [t if t.stride() == dqkv[0].stride() else t.contiguous() for t in dqkv]
     if any(t.stride() != dqkv[0].stride() or t.stride(-1) != 1 for t in dqkv):
         dqkv = [t.contiguous() for t in dqkv]
-    sums = a.new_empty(groups * strips, 3 * inner * (block + 1 + 2 * heads), dtype=torch.float32)
+    sums = a.new_empty(groups * strips, 3 * inner * (block + 1) + 2 * gates * inner + gates, dtype=torch.float32)
     kernels.mix_backward_kernel[(parts, strips, groups)](
-        a, a.stride(0), a.stride(1), conv, weights['conv_b'], *qkv, weights['wq'], weights['wk'], weights['wv'],
-        weights['wg'], *dqkv, dqkv[0].stride(0), dqkv[0].stride(1), dqkv[0].stride(2), dgates, dc, dpre, da, da.stride(0),
-        da.stride(1), sums, shape.batch, shape.tokens, rows, width, inner, inner // heads, height, row_blocks, strips,
-        batches, shape.first_tap, num_warps=4, **_flags(shape, a.dtype, channels),
+        a, a.stride(0), a.stride(1), conv, weights['conv_b'], square, tall, *dqkv, dqkv[0].stride(0), dqkv[0].stride(1),
+        dqkv[0].stride(2), dgates, dc, dpre, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows, width,
+        inner, inner // heads, height, row_blocks, strips, batches, shape.first_tap, IS_2D=shape.two_dimensional, QB=block,
+        HEADS=heads, PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=gates,
+        num_warps=SETTINGS['mix_backward'][1],
     )  # fmt: skip
-    total = sums.sum(0)
-    matrices, biases, gates = total.split([3 * inner * block, 3 * inner, 6 * inner * heads])
-    for name, matrix in zip(('wq', 'wk', 'wv'), matrices.view(3, -1, block, block), strict=True):
-        grads[name] = matrix
-    for name, bias in zip(('bq', 'bk', 'bv'), biases.view(3, inner), strict=True):
-        grads[name] = bias
-    grads['wg'] = gates.view(2 * heads, 3 * inner)
+    matrices = a.new_empty(3, inner // block, block, block, dtype=torch.float32)
+    biases = a.new_empty(3, inner, dtype=torch.float32)
+    grads['wg'] = a.new_empty(2 * heads, 3 * inner, dtype=torch.float32)
+    kernels.finish_kernel[(parts,)](
+        sums.sum(0), square, weights['wg'], *_biases(weights), matrices, biases, grads['wg'], inner, QB=block, HEADS=heads,
+        HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
+    )  # fmt: skip
+    grads['wq'], grads['wk'], grads['wv'] = matrices
+    grads['bq'], grads['bk'], grads['bv'] = biases
     return dpre
 
 
@@ -322,7 +349,7 @@ def _conv_backward(
     shape: BlockShape, a: Tensor, conv: Tensor, dpre: Tensor, da: Tensor, grads: dict[str, Tensor]
 ) -> Tensor:
     """Add the convolution's gradient to da in place; the sum of da over all tokens (E)."""
-    channels = _channels(shape, 32)
+    channels = _channels(shape, SETTINGS['conv_backward'][0])
     parts = triton.cdiv(shape.inner, channels)
     height, row_blocks, strips = _strips(shape)
     groups, batches = _groups(shape, parts, strips)
@@ -333,7 +360,8 @@ def _conv_backward(
     extra = () if shape.two_dimensional else (shape.first_tap,)
     kernel[(parts, strips, groups)](
         a, a.stride(0), a.stride(1), dpre, conv, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows,
-        width, shape.inner, height, row_blocks, strips, batches, *extra, BW=STRIP_COLUMNS, BC=channels, num_warps=4,
+        width, shape.inner, height, row_blocks, strips, batches, *extra, BW=STRIP_COLUMNS, BC=channels,
+        num_warps=SETTINGS['conv_backward'][1],
     )  # fmt: skip
     total = sums.sum(0)
     dconv = total[:taps].flip(0) if shape.reverse else total[:taps]

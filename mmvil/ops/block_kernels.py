@@ -22,12 +22,14 @@ import triton.language as tl
 __all__ = [
     'conv1d_backward_kernel',
     'conv2d_backward_kernel',
+    'finish_kernel',
     'layer_norm_backward_kernel',
     'layer_norm_kernel',
     'mix_backward_kernel',
     'mix_kernel',
     'output_backward_kernel',
     'output_kernel',
+    'prepare_kernel',
 ]
 
 
@@ -111,10 +113,10 @@ def _load_shifted(ptr, stride, t, channel, S, E):
 
 @triton.jit
 def _load_row(ptr, stride, row, col, channel, GW, S, GH, E):
-    """Tiles of a grid row at columns col - 1, col and col + 1, float32."""
-    left = _load_cell(ptr, stride, row, col - 1, channel, GW, S, GH, E).to(tl.float32)
-    middle = _load_cell(ptr, stride, row, col, channel, GW, S, GH, E).to(tl.float32)
-    right = _load_cell(ptr, stride, row, col + 1, channel, GW, S, GH, E).to(tl.float32)
+    """Tiles of a grid row at columns col - 1, col and col + 1."""
+    left = _load_cell(ptr, stride, row, col - 1, channel, GW, S, GH, E)
+    middle = _load_cell(ptr, stride, row, col, channel, GW, S, GH, E)
+    right = _load_cell(ptr, stride, row, col + 1, channel, GW, S, GH, E)
     return left, middle, right
 
 
@@ -126,6 +128,12 @@ def _load_four(ptr, stride, t, first, channel, S, E):
     t2 = _load_shifted(ptr, stride, t + first + 2, channel, S, E).to(tl.float32)
     t3 = _load_shifted(ptr, stride, t + first + 3, channel, S, E).to(tl.float32)
     return t0, t1, t2, t3
+
+
+@triton.jit
+def _weigh3(x0, x1, x2, w0, w1, w2):
+    """One row of a 3 x 3 convolution, float32."""
+    return x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2
 
 
 @triton.jit
@@ -171,8 +179,64 @@ def _add_bias(x, ptr, channel, E):
 
 
 @triton.jit
+def prepare_kernel(
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, square_ptr, tall_ptr, constant_ptr, E,
+    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Weights of one block of BC channels as the other kernels read them.
+
+    square (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
+    these in c and a: tall (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what the
+    projections' biases add.
+    """
+    part = tl.program_id(0)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    i = tl.arange(0, BC)
+    g = tl.arange(0, BG)
+    mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
+    mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
+    mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
+    gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
+    gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
+    gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
+    dtype = square_ptr.dtype.element_ty
+    square = square_ptr + part * 3 * BC * BC + i[:, None] * BC + i[None, :]
+    tl.store(square, mq.to(dtype))
+    tl.store(square + BC * BC, mk.to(dtype))
+    tl.store(square + 2 * BC * BC, mv.to(dtype))
+    tall = tall_ptr + part * 2 * BC * BG + i[:, None] * BG + g[None, :]
+    gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
+    tl.store(tall, gc.to(dtype))
+    tl.store(tall + BC * BG, tl.dot(mv, gv, input_precision='tf32x3').to(dtype))
+    constant = tl.zeros((BG,), tl.float32)
+    if HAS_BIAS:
+        constant += tl.sum(tl.load(bq_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gq, 0)
+        constant += tl.sum(tl.load(bk_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gk, 0)
+        constant += tl.sum(tl.load(bv_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gv, 0)
+    tl.store(constant_ptr + part * BG + g, constant)
+
+
+@triton.jit
+def _square(ptr, part, which: tl.constexpr, BC: tl.constexpr, TURNED: tl.constexpr):
+    """Block-diagonal matrix of Wq (0), Wk (1) or Wv (2): [in, out], or [out, in] if TURNED."""
+    i = tl.arange(0, BC)
+    place = i[None, :] * BC + i[:, None] if TURNED else i[:, None] * BC + i[None, :]
+    return tl.load(ptr + (part * 3 + which) * BC * BC + place)
+
+
+@triton.jit
+def _tall(ptr, part, which: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, TURNED: tl.constexpr):
+    """Map from c (0) or a (1) to the gates: (BC, BG), or (BG, BC) if TURNED."""
+    i = tl.arange(0, BC)
+    g = tl.arange(0, BG)
+    place = i[None, :] * BG + g[:, None] if TURNED else i[:, None] * BG + g[None, :]
+    return tl.load(ptr + (part * 2 + which) * BC * BG + place)
+
+
+@triton.jit
 def _mix_row(
-    pre, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr, gq, gk, gv,
+    pre, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr, gc, ga, constant,
     c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
     HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
@@ -180,26 +244,21 @@ def _mix_row(
     dtype = q_ptr.dtype.element_ty
     pre = _add_bias(pre, conv_b_ptr, channel, E)
     c = (pre * tl.sigmoid(pre)).to(dtype)
+    mask = valid[:, None] & (channel < E)[None, :]
+    place = plane + t.to(tl.int64)[:, None] * E + channel[None, :]
+    tl.store(c_ptr + place, c, mask=mask)
     q = tl.dot(c, mq, input_precision=PRECISION)
     k = tl.dot(c, mk, input_precision=PRECISION)
-    v = tl.dot(a.to(dtype), mv, input_precision=PRECISION)
+    v = tl.dot(a, mv, input_precision=PRECISION)
     if HAS_BIAS:
         q = _add_bias(q, bq_ptr, channel, E)
         k = _add_bias(k, bk_ptr, channel, E)
         v = _add_bias(v, bv_ptr, channel, E)
-    q = q.to(dtype)
-    k = k.to(dtype)
-    v = v.to(dtype)
-    mask = valid[:, None] & (channel < E)[None, :]
-    place = plane + t.to(tl.int64)[:, None] * E + channel[None, :]
-    tl.store(c_ptr + place, c, mask=mask)
-    tl.store(q_ptr + place, q, mask=mask)
-    tl.store(k_ptr + place, k, mask=mask)
-    tl.store(v_ptr + place, v, mask=mask)
+    tl.store(q_ptr + place, q.to(dtype), mask=mask)
+    tl.store(k_ptr + place, k.to(dtype), mask=mask)
+    tl.store(v_ptr + place, v.to(dtype), mask=mask)
     if WITH_GATES:
-        gate = tl.dot(q, gq, input_precision=PRECISION)
-        gate += tl.dot(k, gk, input_precision=PRECISION)
-        gate += tl.dot(v, gv, input_precision=PRECISION)
+        gate = tl.dot(c, gc, input_precision=PRECISION) + tl.dot(a, ga, input_precision=PRECISION) + constant[None, :]
         g = tl.arange(0, BG)
         target = (((part * 2 + g // HEADS).to(tl.int64) * B + batch) * HEADS + g % HEADS) * S
         tl.store(gate_ptr + target[None, :] + t[:, None], gate, mask=valid[:, None] & (g < 2 * HEADS)[None, :])
@@ -207,9 +266,9 @@ def _mix_row(
 
 @triton.jit
 def mix_kernel(
-    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr,
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, square_ptr, tall_ptr, constant_ptr, bq_ptr, bk_ptr, bv_ptr,
     c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, first,
-    IS_2D: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_2D: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
     WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """c = SiLU(conv(a) + b), q = Wq c, k = Wk c, v = Wv a, and this channel block's part of the gates."""
@@ -221,30 +280,32 @@ def mix_kernel(
     first_row = (strip % row_blocks) * ROWS
     a_ptr += batch * a_batch
     plane = batch * S * E
-    dtype = q_ptr.dtype.element_ty
-    mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(dtype)
-    mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(dtype)
-    mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(dtype)
-    gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(dtype)
-    gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(dtype)
-    gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(dtype)
+    mq = _square(square_ptr, part, 0, BC, False)
+    mk = _square(square_ptr, part, 1, BC, False)
+    mv = _square(square_ptr, part, 2, BC, False)
+    gc = _tall(tall_ptr, part, 0, BC, BG, False)
+    ga = _tall(tall_ptr, part, 1, BC, BG, False)
+    constant = tl.load(constant_ptr + part * BG + tl.arange(0, BG))
     if IS_2D:
         w0, w1, w2 = _taps3(conv_ptr, channel, E, 0)
         w3, w4, w5 = _taps3(conv_ptr, channel, E, 1)
         w6, w7, w8 = _taps3(conv_ptr, channel, E, 2)
         u0, u1, u2 = _load_row(a_ptr, a_row, first_row - 1, col, channel, GW, S, GH, E)
         m0, m1, m2 = _load_row(a_ptr, a_row, first_row, col, channel, GW, S, GH, E)
+        d0, d1, d2 = _load_row(a_ptr, a_row, first_row + 1, col, channel, GW, S, GH, E)
         for step in range(ROWS):
             row = first_row + step
-            d0, d1, d2 = _load_row(a_ptr, a_row, row + 1, col, channel, GW, S, GH, E)
-            pre = u0 * w0 + u1 * w1 + u2 * w2 + m0 * w3 + m1 * w4 + m2 * w5 + d0 * w6 + d1 * w7 + d2 * w8
+            n0, n1, n2 = _load_row(a_ptr, a_row, row + 2, col, channel, GW, S, GH, E)  # ahead of their use
+            pre = _weigh3(u0, u1, u2, w0, w1, w2) + _weigh3(m0, m1, m2, w3, w4, w5) + _weigh3(d0, d1, d2, w6, w7, w8)
             t, valid = _token(row, col, GW, S, GH)
             _mix_row(
                 pre, m1, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr,
-                gq, gk, gv, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
+                gc, ga, constant, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+                HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
             )  # fmt: skip
             u0, u1, u2 = m0, m1, m2
             m0, m1, m2 = d0, d1, d2
+            d0, d1, d2 = n0, n1, n2
     else:
         w0, w1, w2, w3 = _taps4(conv_ptr, channel, E)
         for step in range(ROWS):
@@ -253,7 +314,7 @@ def mix_kernel(
             a = _load_shifted(a_ptr, a_row, t, channel, S, E)
             _mix_row(
                 t0 * w0 + t1 * w1 + t2 * w2 + t3 * w3, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv,
-                bq_ptr, bk_ptr, bv_ptr, gq, gk, gv, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+                bq_ptr, bk_ptr, bv_ptr, gc, ga, constant, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
                 HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
             )  # fmt: skip
 
@@ -354,7 +415,7 @@ def _diagonal_blocks(full, QB: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def mix_backward_kernel(
-    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, q_ptr, k_ptr, v_ptr, wq_ptr, wk_ptr, wv_ptr, wg_ptr,
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, square_ptr, tall_ptr,
     dq_ptr, dk_ptr, dv_ptr, dg_batch, dg_head, dg_row, dgate_ptr, dc_ptr, dpre_ptr, da_ptr, da_batch, da_row,
     sums_ptr, B, S, GH, GW, E, DH, ROWS, row_blocks, strips, batches, first,
     IS_2D: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
@@ -362,8 +423,8 @@ def mix_backward_kernel(
 ):  # fmt: skip
     """Gradients of q, k, v and the gates taken back to conv(a) + b and, through v alone, to a.
 
-    dpre = (dc + Wq' (dq + Gq' dgate) + Wk' (dk + Gk' dgate)) * SiLU'(pre);  da = Wv' (dv + Gv' dgate). Sums over the
-    tokens of this program for Wq, Wk, Wv, their biases, and the gates' weights.
+    dpre = (dc + Wq' dq + Wk' dk + Gc' dgate) * SiLU'(pre);  da = Wv' dv + Ga' dgate, with the gates as linear maps Gc of
+    c and Ga of a. Sums over the tokens of this program for Wq, Wk, Wv, their biases, and the gates' weights.
     """
     part = tl.program_id(0)
     strip = tl.program_id(1)
@@ -375,21 +436,20 @@ def mix_backward_kernel(
     first_row = (strip % row_blocks) * ROWS
     g = tl.arange(0, BG)
     dtype = a_ptr.dtype.element_ty
-    mq = tl.trans(_block_matrix(wq_ptr, part * BC, E, QB, BC).to(dtype))
-    mk = tl.trans(_block_matrix(wk_ptr, part * BC, E, QB, BC).to(dtype))
-    mv = tl.trans(_block_matrix(wv_ptr, part * BC, E, QB, BC).to(dtype))
-    gq = tl.trans(_gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(dtype))
-    gk = tl.trans(_gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(dtype))
-    gv = tl.trans(_gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(dtype))
+    mq = _square(square_ptr, part, 0, BC, True)
+    mk = _square(square_ptr, part, 1, BC, True)
+    mv = _square(square_ptr, part, 2, BC, True)
+    gc = _tall(tall_ptr, part, 0, BC, BG, True)
+    ga = _tall(tall_ptr, part, 1, BC, BG, True)
     dwq = tl.zeros((BC, BC), tl.float32)
     dwk = tl.zeros((BC, BC), tl.float32)
     dwv = tl.zeros((BC, BC), tl.float32)
-    dgq = tl.zeros((BG, BC), tl.float32)
-    dgk = tl.zeros((BG, BC), tl.float32)
-    dgv = tl.zeros((BG, BC), tl.float32)
-    dbq = tl.zeros((BW, BC), tl.float32)
-    dbk = tl.zeros((BW, BC), tl.float32)
-    dbv = tl.zeros((BW, BC), tl.float32)
+    gate_c = tl.zeros((BG, BC), tl.float32)
+    gate_a = tl.zeros((BG, BC), tl.float32)
+    gate_sum = tl.zeros((BG,), tl.float32)
+    dbq = tl.zeros((BC,), tl.float32)
+    dbk = tl.zeros((BC,), tl.float32)
+    dbv = tl.zeros((BC,), tl.float32)
     if IS_2D:
         w0, w1, w2 = _taps3(conv_ptr, channel, E, 0)
         w3, w4, w5 = _taps3(conv_ptr, channel, E, 1)
@@ -408,10 +468,19 @@ def mix_backward_kernel(
             t, valid = _token(row, col, GW, S, GH)
             valid = valid & live
             mask = valid[:, None] & inside[None, :]
+            flat = (batch * S + t.to(tl.int64))[:, None] * E + channel[None, :]
+            gate_place = (((g // HEADS) * B + batch) * HEADS + g % HEADS) * S
+            gate_mask = valid[:, None] & (g < 2 * HEADS)[None, :]
+            place = batch * dg_batch + t.to(tl.int64)[:, None] * dg_row + in_head[None, :]
+            dgate = tl.load(dgate_ptr + gate_place[None, :] + t[:, None], mask=gate_mask, other=0.0)
+            dq = tl.load(dq_ptr + place, mask=mask, other=0.0)
+            dk = tl.load(dk_ptr + place, mask=mask, other=0.0)
+            dv = tl.load(dv_ptr + place, mask=mask, other=0.0)
+            dc = tl.load(dc_ptr + flat, mask=mask, other=0.0).to(tl.float32)
             if IS_2D:
                 d0, d1, d2 = _load_row(a_base, a_row, row + 1, col, channel, GW, S, GH, E)
-                pre = u0 * w0 + u1 * w1 + u2 * w2 + m0 * w3 + m1 * w4 + m2 * w5 + d0 * w6 + d1 * w7 + d2 * w8
-                a = m1.to(dtype)
+                pre = _weigh3(u0, u1, u2, w0, w1, w2) + _weigh3(m0, m1, m2, w3, w4, w5) + _weigh3(d0, d1, d2, w6, w7, w8)
+                a = m1
                 u0, u1, u2 = m0, m1, m2
                 m0, m1, m2 = d0, d1, d2
             else:
@@ -421,51 +490,80 @@ def mix_backward_kernel(
             pre = _add_bias(pre, conv_b_ptr, channel, E)
             sigma = tl.sigmoid(pre)
             c = (pre * sigma).to(dtype)
-            flat = (batch * S + t.to(tl.int64))[:, None] * E + channel[None, :]
-            gate_place = (((g // HEADS) * B + batch) * HEADS + g % HEADS) * S
-            gate_mask = valid[:, None] & (g < 2 * HEADS)[None, :]
-            dgate = tl.load(dgate_ptr + gate_place[None, :] + t[:, None], mask=gate_mask, other=0.0).to(dtype)
+            gate_sum += tl.sum(dgate, 0)
+            dgate = dgate.to(dtype)
             turned = tl.trans(dgate)
-            dgq += tl.dot(turned, tl.load(q_ptr + flat, mask=mask, other=0.0), input_precision=PRECISION)
-            dgk += tl.dot(turned, tl.load(k_ptr + flat, mask=mask, other=0.0), input_precision=PRECISION)
-            dgv += tl.dot(turned, tl.load(v_ptr + flat, mask=mask, other=0.0), input_precision=PRECISION)
-            place = batch * dg_batch + t.to(tl.int64)[:, None] * dg_row + in_head[None, :]
-            dq = tl.load(dq_ptr + place, mask=mask, other=0.0) + tl.dot(dgate, gq, input_precision=PRECISION)
-            dk = tl.load(dk_ptr + place, mask=mask, other=0.0) + tl.dot(dgate, gk, input_precision=PRECISION)
-            dv = tl.load(dv_ptr + place, mask=mask, other=0.0) + tl.dot(dgate, gv, input_precision=PRECISION)
-            dbq += dq
-            dbk += dk
-            dbv += dv
-            dq = dq.to(dtype)
-            dk = dk.to(dtype)
-            dv = dv.to(dtype)
+            gate_c += tl.dot(turned, c, input_precision=PRECISION)
+            gate_a += tl.dot(turned, a, input_precision=PRECISION)
+            dbq += tl.sum(dq.to(tl.float32), 0)
+            dbk += tl.sum(dk.to(tl.float32), 0)
+            dbv += tl.sum(dv.to(tl.float32), 0)
             dwq += tl.dot(tl.trans(dq), c, input_precision=PRECISION)
             dwk += tl.dot(tl.trans(dk), c, input_precision=PRECISION)
             dwv += tl.dot(tl.trans(dv), a, input_precision=PRECISION)
-            dc = tl.load(dc_ptr + flat, mask=mask, other=0.0).to(tl.float32)
             dc += tl.dot(dq, mq, input_precision=PRECISION)
             dc += tl.dot(dk, mk, input_precision=PRECISION)
+            dc += tl.dot(dgate, gc, input_precision=PRECISION)
+            da = tl.dot(dv, mv, input_precision=PRECISION) + tl.dot(dgate, ga, input_precision=PRECISION)
             dpre = dc * (sigma + pre * sigma * (1.0 - sigma))
-            da = tl.dot(dv, mv, input_precision=PRECISION)
             tl.store(dpre_ptr + flat, dpre.to(dtype), mask=mask)
             da_place = batch * da_batch + t.to(tl.int64)[:, None] * da_row + channel[None, :]
             tl.store(da_ptr + da_place, da.to(dtype), mask=mask)
-    # Per program: Wq, Wk, Wv (E, QB) each, their biases (E) each, the gates' weights (2 HEADS, 3E).
-    sums_ptr += (group * strips + strip).to(tl.int64) * (3 * E * (QB + 1 + 2 * HEADS))
+    # Per program: Wq, Wk, Wv (E, QB) each, their biases (E) each, dgate' c and dgate' a (BG, E) each, sum of dgate (BG).
+    sums_ptr += (group * strips + strip).to(tl.int64) * (3 * E * (QB + 1) + 2 * BG * E + BG)
     wide = channel[:, None] * QB + tl.arange(0, QB)[None, :]
     tl.store(sums_ptr + wide, _diagonal_blocks(dwq, QB, BC), mask=inside[:, None])
     tl.store(sums_ptr + E * QB + wide, _diagonal_blocks(dwk, QB, BC), mask=inside[:, None])
     tl.store(sums_ptr + 2 * E * QB + wide, _diagonal_blocks(dwv, QB, BC), mask=inside[:, None])
     sums_ptr += 3 * E * QB
-    tl.store(sums_ptr + channel, tl.sum(dbq, 0), mask=inside)
-    tl.store(sums_ptr + E + channel, tl.sum(dbk, 0), mask=inside)
-    tl.store(sums_ptr + 2 * E + channel, tl.sum(dbv, 0), mask=inside)
+    tl.store(sums_ptr + channel, dbq, mask=inside)
+    tl.store(sums_ptr + E + channel, dbk, mask=inside)
+    tl.store(sums_ptr + 2 * E + channel, dbv, mask=inside)
     sums_ptr += 3 * E
-    gates = g[:, None] * (3 * E) + channel[None, :]
-    keep = (g < 2 * HEADS)[:, None] & inside[None, :]
-    tl.store(sums_ptr + gates, dgq, mask=keep)
-    tl.store(sums_ptr + E + gates, dgk, mask=keep)
-    tl.store(sums_ptr + 2 * E + gates, dgv, mask=keep)
+    gates = g[:, None] * E + channel[None, :]
+    tl.store(sums_ptr + gates, gate_c, mask=inside[None, :])
+    tl.store(sums_ptr + BG * E + gates, gate_a, mask=inside[None, :])
+    if part == 0:
+        tl.store(sums_ptr + 2 * BG * E + g, gate_sum)
+
+
+@triton.jit
+def finish_kernel(
+    sums_ptr, square_ptr, wg_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr, E,
+    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Gradients of projections and gates from the sums of `mix_backward_kernel`.
+
+    What Wq sees as dq is dq + Gq' dgate, and what Gq sees as q is Wq c + bq; likewise for k and v.
+    """
+    part = tl.program_id(0)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    g = tl.arange(0, BG)
+    i = tl.arange(0, QB)
+    gate_c = tl.load(sums_ptr + 3 * E * (QB + 1) + g[:, None] * E + channel[None, :], mask=inside[None, :], other=0.0)
+    gate_a = tl.load(
+        sums_ptr + 3 * E * (QB + 1) + BG * E + g[:, None] * E + channel[None, :], mask=inside[None, :], other=0.0
+    )
+    gate_sum = tl.load(sums_ptr + 3 * E * (QB + 1) + 2 * BG * E + g)
+    wide = channel[:, None] * QB + i[None, :]
+    for which in tl.static_range(3):
+        weights = _gate_matrix(wg_ptr, which, channel, E, 2 * HEADS, BG).to(tl.float32)  # (BC, BG)
+        seen = gate_c if which < 2 else gate_a
+        full = tl.dot(weights, seen, input_precision='tf32x3')
+        dw = _diagonal_blocks(full, QB, BC)
+        dw += tl.load(sums_ptr + which * E * QB + wide, mask=inside[:, None], other=0.0)
+        tl.store(dw_ptr + which * E * QB + wide, dw, mask=inside[:, None])
+        db = tl.sum(weights * gate_sum[None, :], 1)
+        db += tl.load(sums_ptr + 3 * E * QB + which * E + channel, mask=inside, other=0.0)
+        tl.store(db_ptr + which * E + channel, db, mask=inside)
+        square = _square(square_ptr, part, which, BC, False).to(tl.float32)
+        dwg = tl.dot(seen, square, input_precision='tf32x3')
+        if HAS_BIAS:
+            b_ptr = bq_ptr if which == 0 else (bk_ptr if which == 1 else bv_ptr)
+            dwg += gate_sum[:, None] * tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+        place = g[:, None] * (3 * E) + which * E + channel[None, :]
+        tl.store(dwg_ptr + place, dwg, mask=(g < 2 * HEADS)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -522,20 +620,20 @@ def conv2d_backward_kernel(
             mask = (valid & live)[:, None] & inside[None, :]
             d0, d1, d2 = _load_row(dpre_base, E, row + 1, col, channel, GW, S, GH, E)
             # Token t was read by its neighbours: by the one below through the upper tap, and so on.
-            da = u0 * w8 + u1 * w7 + u2 * w6 + m0 * w5 + m1 * w4 + m2 * w3 + d0 * w2 + d1 * w1 + d2 * w0
+            da = _weigh3(u0, u1, u2, w8, w7, w6) + _weigh3(m0, m1, m2, w5, w4, w3) + _weigh3(d0, d1, d2, w2, w1, w0)
             dasum = _add_da(da, dasum, batch * da_batch, da_ptr, t, da_row, channel, mask)
             a = tl.load(a_ptr + batch * a_batch + t.to(tl.int64)[:, None] * a_row + channel[None, :], mask=mask, other=0.0)
             a = a.to(tl.float32)
-            s8 += u0 * a
-            s7 += u1 * a
-            s6 += u2 * a
-            s5 += m0 * a
-            s4 += m1 * a
-            s3 += m2 * a
-            s2 += d0 * a
-            s1 += d1 * a
-            s0 += d2 * a
-            dbias += tl.where(mask, m1, 0.0)
+            s8 += u0.to(tl.float32) * a
+            s7 += u1.to(tl.float32) * a
+            s6 += u2.to(tl.float32) * a
+            s5 += m0.to(tl.float32) * a
+            s4 += m1.to(tl.float32) * a
+            s3 += m2.to(tl.float32) * a
+            s2 += d0.to(tl.float32) * a
+            s1 += d1.to(tl.float32) * a
+            s0 += d2.to(tl.float32) * a
+            dbias += tl.where(mask, m1.to(tl.float32), 0.0)
             u0, u1, u2 = m0, m1, m2
             m0, m1, m2 = d0, d1, d2
     sums_ptr += (group * strips + strip).to(tl.int64) * 11 * E
