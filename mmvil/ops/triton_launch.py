@@ -14,23 +14,41 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    'ANY_CARD_VARIABLE',
+    'KNOWN_CAPABILITIES',
+    'MAX_HEAD_DIM',
     'DeviceLimits',
     'Tiles',
+    'choose_form',
     'device_limits',
     'dot_precision',
     'empty_rows_like',
     'fitting_tiles',
     'head_pieces',
     'interpreting',
+    'is_compile_failure',
     'launch_first_fitting',
     'log_scale',
     'row_alignment',
     'row_strides',
     'rows_contiguous',
+    'why_not_dtype',
+    'why_not_on_device',
 ]
 
 MAX_HEAD_DIM = 512
 """Largest head size the kernels are made for."""
+
+KNOWN_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
+"""Compute capabilities that compilers of the declared Triton versions are settled on. Newer ones must pass
+the self-check first: wrong gradients on a new family have been seen in other libraries."""
+
+BFLOAT16_CAPABILITY = (8, 0)
+
+# (largest DH, largest S where the quadratic form is as fast as the chunkwise one).
+QUADRATIC_MAX_TOKENS = ((128, 1536), (256, 1536), (MAX_HEAD_DIM, 2048))
+ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
+"""Environment variable: 1 lets the kernels run on a card of unknown compute capability."""
 
 
 @dataclass(frozen=True)
@@ -193,3 +211,86 @@ def launch_first_fitting(candidates: Sequence[Tiles], launch: Callable[[Tiles], 
         return tiles
     launch(candidates[-1])
     return candidates[-1]
+
+
+def is_compile_failure(error: Exception) -> bool:
+    """Whether an exception means that a kernel cannot be built for this device, as opposed to a failing launch.
+
+    Args:
+        error: What a kernel launch raised.
+
+    Returns:
+        True for Triton's own errors and failed compiler passes; False for CUDA errors and exhausted memory.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return False
+    origin = type(error).__module__
+    return origin.startswith('triton') or 'PassManager' in str(error) or 'ptxas' in str(error)
+
+
+def why_not_on_device(device_type: str, index: int | None) -> str | None:
+    """Tell why the kernels cannot run on a device.
+
+    Args:
+        device_type: Type of a torch device.
+        index: Its index, None for the current one.
+
+    Returns:
+        None if they can, else the reason.
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return 'the package triton is not installed'
+    if interpreting():
+        return None
+    if device_type != 'cuda':
+        return f'the tensors are on {device_type!r}, the kernels need a CUDA device'
+    if not torch.cuda.is_available():
+        return 'there is no CUDA device'
+    if torch.version.hip is not None:
+        return 'the kernels have not been tried on ROCm'
+    capability = torch.cuda.get_device_capability(index)
+    if capability not in KNOWN_CAPABILITIES and os.environ.get(ANY_CARD_VARIABLE) != '1':
+        return (
+            f'compute capability {capability[0]}.{capability[1]} is unknown to this version; run '
+            f'{ANY_CARD_VARIABLE}=1 python -m mmvil.ops.selfcheck and keep the variable set if it passes'
+        )
+    return None
+
+
+def why_not_dtype(dtype: torch.dtype, device_type: str, index: int | None) -> str | None:
+    """Tell why the kernels cannot take a dtype on a device that they run on.
+
+    Args:
+        dtype: Data type of q, k and v.
+        device_type: Type of a torch device.
+        index: Its index, None for the current one.
+
+    Returns:
+        None if they can, else the reason.
+    """
+    if dtype == torch.float64:
+        return 'the kernels have no float64'
+    if dtype != torch.bfloat16:
+        return None
+    if interpreting():
+        return "Triton's interpreter computes bfloat16 wrongly"
+    capability = torch.cuda.get_device_capability(index)
+    if device_type == 'cuda' and capability < BFLOAT16_CAPABILITY:
+        return f'a card of compute capability {capability[0]}.{capability[1]} has no bfloat16; use float16 or float32'
+    return None
+
+
+def choose_form(length: int, head_dim: int) -> str:
+    """Pick the faster form of the kernels.
+
+    Args:
+        length: S.
+        head_dim: DH.
+
+    Returns:
+        'quadratic' or 'chunkwise', by forward + backward time on one H100 (benchmarks/results/mlstm_h100.json).
+    """
+    limit = next(tokens for largest, tokens in QUADRATIC_MAX_TOKENS if head_dim <= largest)
+    return 'quadratic' if length <= limit else 'chunkwise'

@@ -24,28 +24,39 @@ from .triton_launch import (
 
 __all__ = ['backward', 'empty_saved', 'forward', 'tile_candidates']
 
-STATS_PLANES = 6
-ROW_PLANES = 4
-SCAN_BLOCK = 256
+STATS_PLANES = 7
+ROW_PLANES = 5
+BLOCK = 64
+SCAN_SPAN = 256
 
-# Fastest first, by kernel and largest DA + DB; measured on one H100, see benchmarks/results. The last entry of each list
-# is the smallest and fits every card with 64 KiB of shared memory a program.
+# Fastest first, by kernel and largest DA + DB, measured on one H100 (benchmarks/results/mlstm_tiles_h100.json). The
+# last entry of each list is the smallest and fits every card with 64 KiB of shared memory a program.
 HALF_TILES: dict[str, dict[int, list[Tiles]]] = {
+    'forward': {
+        128: [Tiles(64, 32, 4, 3, 16, 128), Tiles(64, 32, 4, 2, 16, 128), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3, 16), Tiles(64, 32, 4, 2, 16), Tiles(64, 16, 4, 2, 16), Tiles(16, 16, 4, 1)],
+        512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2, 16), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+    },
     'query': {
-        128: [Tiles(64, 64, 4, 2, 16), Tiles(64, 32, 4, 2, 16), Tiles(32, 32, 4, 2, 16), Tiles(16, 16, 4, 1)],
-        256: [Tiles(64, 64, 4, 2, 16), Tiles(64, 32, 4, 2, 16), Tiles(32, 32, 4, 2, 16), Tiles(16, 16, 4, 1)],
-        512: [Tiles(64, 32, 8, 2, 16), Tiles(32, 32, 4, 2, 16), Tiles(16, 16, 4, 1)],
+        128: [Tiles(64, 32, 4, 2, 16, 128), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3, 16), Tiles(64, 32, 4, 2, 16), Tiles(64, 16, 4, 2, 16), Tiles(16, 16, 4, 1)],
+        512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2, 16), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
     },
     'key': {
-        128: [Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 16, 4, 1)],
-        256: [Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2), Tiles(16, 16, 4, 1)],
-        512: [Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)],
+        128: [Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+        512: [Tiles(64, 32, 8, 3), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+    },
+    'value': {
+        128: [Tiles(64, 32, 4, 3, 0, 128), Tiles(64, 32, 4, 2, 0, 128), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+        512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
     },
 }
 # IEEE float32 products run on the plain cores: small tiles keep operands in registers.
-FLOAT_TILES: dict[str, dict[int, list[Tiles]]] = {
-    'query': {128: [Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)], 512: [Tiles(16, 16, 4, 1)]},
-    'key': {128: [Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)], 512: [Tiles(16, 16, 4, 1)]},
+FLOAT_TILES: dict[int, list[Tiles]] = {
+    128: [Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)],
+    512: [Tiles(16, 16, 4, 1)],
 }
 # dk and dv in one kernel read q and dh once but hold two accumulators; above this many columns they are two launches.
 JOINT_KEY_COLUMNS = 128
@@ -56,7 +67,7 @@ def tile_candidates(kernel: str, head_dim: int, item_size: int, limits: DeviceLi
     """Tile settings for one kernel on one device, fastest first.
 
     Args:
-        kernel: 'query' (forward and dq) or 'key' (dk and dv).
+        kernel: 'forward', 'query' (dq), 'key' (dk, or dk and dv) or 'value' (dv).
         head_dim: DH.
         item_size: Bytes per element of q.
         limits: The device's limits.
@@ -65,9 +76,9 @@ def tile_candidates(kernel: str, head_dim: int, item_size: int, limits: DeviceLi
         At least one setting.
     """
     columns = sum(head_pieces(head_dim))
-    table = (FLOAT_TILES if item_size == 4 else HALF_TILES)[kernel]
+    table = FLOAT_TILES if item_size == 4 else HALF_TILES[kernel]
     candidates = next(tiles for limit, tiles in sorted(table.items()) if columns <= limit)
-    held = 1 if kernel == 'query' else 2
+    held = 2 if kernel == 'key' else 1
 
     def bytes_needed(tiles: Tiles) -> int:
         return columns * item_size * (held * tiles.rows + 2 * tiles.stages * tiles.columns)
@@ -82,9 +93,10 @@ def empty_saved(q: Tensor) -> tuple[Tensor]:
         q: Queries, (B, NH, S, DH).
 
     Returns:
-        One float32 tensor (6, B, NH, S): scans and statistics of each row, in reading order.
+        One float32 tensor (7, B, NH, S rounded up to 64): scans and statistics of each row, in reading order.
     """
-    return (q.new_empty((STATS_PLANES, *q.shape[:3]), dtype=torch.float32),)
+    batch, heads, length = q.shape[:3]
+    return (q.new_empty((STATS_PLANES, batch, heads, -(-length // BLOCK) * BLOCK), dtype=torch.float32),)
 
 
 def _shared_constants(q: Tensor, alignment: int) -> dict[str, object]:
@@ -117,8 +129,10 @@ def forward(
     h, (stats,) = empty_rows_like(q), empty_saved(q)
     if q.numel() == 0:
         return h, (stats,)
-    plane, sign = batch * heads * length, int(reverse)
-    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, plane, sign, BLOCK=SCAN_BLOCK, num_warps=4)
+    sign = int(reverse)
+    pitch = triton.cdiv(length, BLOCK)
+    plane = batch * heads * pitch
+    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, SPAN=SCAN_SPAN)
     alignment = row_alignment(q, k, v, h)
     strides = row_strides(alignment, q, k, v, h)
     constants = _shared_constants(q, alignment)
@@ -126,11 +140,13 @@ def forward(
     def launch(tiles: Tiles) -> object:
         grid = (batch * heads * triton.cdiv(length, tiles.rows),)
         return kernels.quadratic_forward_kernel[grid](
-            q, k, v, h, stats, *strides, length, heads, plane, sign, log_scale(dim), eps, **constants,
+            q, k, v, h, stats, *strides, length, heads, pitch, plane, sign, log_scale(dim), eps, **constants,
             BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
         )  # fmt: skip
 
-    candidates = tile_candidates('query', dim, q.element_size(), device_limits(q.device)) if tiles is None else [tiles]
+    candidates = (
+        tile_candidates('forward', dim, q.element_size(), device_limits(q.device)) if tiles is None else [tiles]
+    )
     launch_first_fitting(candidates, launch)
     return h, (stats,)
 
@@ -167,8 +183,10 @@ def backward(
     if q.numel() == 0:
         return dq, dk, dv, digate, dfgate
     batch, heads, length, dim = q.shape
-    plane, sign = batch * heads * length, int(reverse)
-    rows = stats.new_empty((ROW_PLANES, batch, heads, length))
+    sign = int(reverse)
+    pitch = triton.cdiv(length, BLOCK)
+    plane = batch * heads * pitch
+    rows = stats.new_empty((ROW_PLANES, *stats.shape[1:]))
     alignment = row_alignment(q, k, v, h, dh, dq, dk, dv)
     constants = _shared_constants(q, alignment)
     limits = device_limits(q.device)
@@ -176,8 +194,8 @@ def backward(
     def launch_query(tiles: Tiles) -> object:
         grid = (batch * heads * triton.cdiv(length, tiles.rows),)
         return kernels.query_gradient_kernel[grid](
-            q, k, v, h, dh, dq, stats, rows, *row_strides(alignment, q, k, v, h, dh, dq),
-            length, heads, plane, sign, log_scale(dim), eps, **constants,
+            k, v, h, dh, dq, stats, rows, *row_strides(alignment, k, v, h, dh, dq),
+            length, heads, pitch, plane, sign, log_scale(dim), eps, **constants,
             BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
         )  # fmt: skip
 
@@ -185,17 +203,18 @@ def backward(
         grid = (batch * heads * triton.cdiv(length, tiles.rows),)
         return kernels.key_gradient_kernel[grid](
             q, k, v, dh, dk, dv, stats, rows, *row_strides(alignment, q, k, v, dh, dk, dv),
-            length, heads, plane, sign, log_scale(dim), WITH_K=with_k, WITH_V=with_v, **constants,
+            length, heads, pitch, plane, sign, log_scale(dim), WITH_K=with_k, WITH_V=with_v, **constants,
             BM=tiles.rows, BN=tiles.columns, **tiles.options(),
         )  # fmt: skip
 
     candidates = tile_candidates('query', dim, q.element_size(), limits) if query_tiles is None else [query_tiles]
     launch_first_fitting(candidates, launch_query)
-    candidates = tile_candidates('key', dim, q.element_size(), limits) if key_tiles is None else [key_tiles]
     joint = constants['DA'] + constants['DB'] <= JOINT_KEY_COLUMNS if joint is None else joint
     for with_k, with_v in [(True, True)] if joint else [(True, False), (False, True)]:
+        name = 'key' if with_k else 'value'
+        candidates = tile_candidates(name, dim, q.element_size(), limits) if key_tiles is None else [key_tiles]
         launch_first_fitting(candidates, functools.partial(launch_key, with_k, with_v))
     kernels.gate_gradient_kernel[(batch * heads,)](
-        fgate, rows, digate, dfgate, length, plane, sign, BLOCK=SCAN_BLOCK, num_warps=4
+        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=SCAN_SPAN
     )
     return dq, dk, dv, digate, dfgate
