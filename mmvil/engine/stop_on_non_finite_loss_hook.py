@@ -42,7 +42,9 @@ class StopOnNonFiniteLossHook(Hook):
         self._bad_in_a_row = 0
         self._unread: dict[str, Any] = {}
 
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         """Check the loss values of this iteration."""
         if not outputs:
             return

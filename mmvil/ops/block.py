@@ -1,8 +1,8 @@
 """The whole ViL block in few kernels: launchers and the exact backward pass. Works on tensors, knows no modules.
 
-Forward: norm, up-projection, one kernel for convolution, projections and gates, the cell, one kernel for head norm, skip
-and gate, down-projection and residual. Kept for the backward pass: the input, the up-projection's output, the gates and
-the cell's output with its statistics; everything else is computed again.
+Forward: norm, up-projection, one kernel for convolution, projections and gates, the cell, one kernel for head norm,
+skip and gate, down-projection and residual. Kept for the backward pass: the input, the up-projection's output, the
+gates and the cell's output with its statistics; everything else is computed again.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ __all__ = ['BlockShape', 'Cell', 'block_backward', 'block_forward']
 STRIP_COLUMNS = 16
 # Channels or elements of a tile, warps, and where there is a third number, programs aimed at.
 SETTINGS = {
-    'norm': (4096, 8),
-    'norm_backward': (2048, 4, 1024),
-    'mix': (32, 2),
+    'norm': (4096, 4),
+    'norm_backward': (1024, 1, 2048),
+    'mix': (32, 1),
     'mix_backward': (32, 2),
     'conv_backward': (32, 4),
-    'output': (4096, 4),
-    'output_backward': (2048, 4),
-    'programs': 1024,
+    'output': (2048, 4),
+    'output_backward': (512, 1),
+    'programs': 2048,
 }
 NORM_EPS = 1e-5
 
@@ -139,8 +139,9 @@ def _prepare(shape: BlockShape, weights: dict[str, Tensor | None], channels: int
     tall = square.new_empty(parts, 2, channels, gates)
     constant = square.new_empty(parts, gates, dtype=torch.float32)
     kernels.prepare_kernel[(parts,)](
-        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], square, tall, constant, shape.inner,
-        QB=shape.block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
+        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], square, tall, constant,
+        shape.inner, QB=shape.block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates,
+        num_warps=4,
     )  # fmt: skip
     return [square, tall, constant]
 
@@ -194,7 +195,12 @@ def _output(shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, weights: dict[st
 
 
 def block_forward(
-    shape: BlockShape, cell: Cell, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype, scale: Tensor | None
+    shape: BlockShape,
+    cell: Cell,
+    x: Tensor,
+    weights: dict[str, Tensor | None],
+    dtype: torch.dtype,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
     """Run one block.
 
@@ -286,7 +292,7 @@ def block_backward(
 def _output_backward(
     shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, dy: Tensor, dz: Tensor, weights: dict[str, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, dh and dc (B, S, E); dz is written in place; (4, E): sums for the head norm's weight, bias, skip, and z's bias."""
+    """y, dh, dc (B, S, E); dz is written in place; sums (4, E): head norm's weight and bias, skip, bias of z."""
     dim = shape.inner // shape.heads
     y, dh, dc = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
     width = triton.next_power_of_2(dim)
@@ -297,9 +303,9 @@ def _output_backward(
     bias = weights['head_b']
     kernels.output_backward_kernel[(blocks, shape.heads, shape.batch)](
         h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
-        weights['head_w'] if bias is None else bias, weights['skip'], dy, y, dz, dz.stride(0), dz.stride(1), dh, dc, sums,
-        shape.tokens, shape.inner, NORM_EPS, steps, blocks, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width,
-        num_warps=SETTINGS['output_backward'][1],
+        weights['head_w'] if bias is None else bias, weights['skip'], dy, y, dz, dz.stride(0), dz.stride(1), dh, dc,
+        sums, shape.tokens, shape.inner, NORM_EPS, steps, blocks, HAS_BIAS=bias is not None, DH=dim, BM=height,
+        BD=width, num_warps=SETTINGS['output_backward'][1],
     )  # fmt: skip
     return y, dh, dc, sums.sum(0)
 
@@ -327,18 +333,18 @@ def _mix_backward(
         dqkv = [t.contiguous() for t in dqkv]
     sums = a.new_empty(groups * strips, 3 * inner * (block + 1) + 2 * gates * inner + gates, dtype=torch.float32)
     kernels.mix_backward_kernel[(parts, strips, groups)](
-        a, a.stride(0), a.stride(1), conv, weights['conv_b'], square, tall, *dqkv, dqkv[0].stride(0), dqkv[0].stride(1),
-        dqkv[0].stride(2), dgates, dc, dpre, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows, width,
-        inner, inner // heads, height, row_blocks, strips, batches, shape.first_tap, IS_2D=shape.two_dimensional, QB=block,
-        HEADS=heads, PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=gates,
+        a, a.stride(0), a.stride(1), conv, weights['conv_b'], square, tall, *dqkv, *dqkv[0].stride()[:3], dgates, dc,
+        dpre, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows, width, inner, inner // heads,
+        height, row_blocks, strips, batches, shape.first_tap, IS_2D=shape.two_dimensional, QB=block, HEADS=heads,
+        PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=gates,
         num_warps=SETTINGS['mix_backward'][1],
     )  # fmt: skip
     matrices = a.new_empty(3, inner // block, block, block, dtype=torch.float32)
     biases = a.new_empty(3, inner, dtype=torch.float32)
     grads['wg'] = a.new_empty(2 * heads, 3 * inner, dtype=torch.float32)
     kernels.finish_kernel[(parts,)](
-        sums.sum(0), square, weights['wg'], *_biases(weights), matrices, biases, grads['wg'], inner, QB=block, HEADS=heads,
-        HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
+        sums.sum(0), square, weights['wg'], *_biases(weights), matrices, biases, grads['wg'], inner, QB=block,
+        HEADS=heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
     )  # fmt: skip
     grads['wq'], grads['wk'], grads['wv'] = matrices
     grads['bq'], grads['bk'], grads['bv'] = biases

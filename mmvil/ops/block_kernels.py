@@ -34,7 +34,9 @@ __all__ = [
 
 
 @triton.jit
-def layer_norm_kernel(x_ptr, w_ptr, b_ptr, out_ptr, rows, D, eps, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+def layer_norm_kernel(
+    x_ptr, w_ptr, b_ptr, out_ptr, rows, D, eps, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
     """out = (x - mean) * rstd * (1 + w) + b, BM rows per program."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     col = tl.arange(0, BD)
@@ -56,7 +58,7 @@ def layer_norm_backward_kernel(
     x_ptr, w_ptr, dn_ptr, dout_ptr, branch_ptr, dx_ptr, sums_ptr, rows, D, eps, steps,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dx = dout + norm'(dn); sums over the rows of dn * normalised, dn and, for the bias of the branch, its gradient."""
+    """dx = dout + norm'(dn); sums over the rows: dn * normalised, dn, and the branch's gradient for its bias."""
     program = tl.program_id(0)
     col = tl.arange(0, BD)
     w = tl.load(w_ptr + col, mask=col < D, other=0.0).to(tl.float32) + 1.0
@@ -98,7 +100,9 @@ def _load_cell(ptr, stride, row, col, channel, GW, S, GH, E):
     """Tile (BW, BC) of a token-major tensor at grid cells (row, col), zero outside of the grid."""
     t, valid = _token(row, col, GW, S, GH)
     return tl.load(
-        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :], mask=valid[:, None] & (channel < E)[None, :], other=0.0
+        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :],
+        mask=valid[:, None] & (channel < E)[None, :],
+        other=0.0,
     )
 
 
@@ -107,7 +111,9 @@ def _load_shifted(ptr, stride, t, channel, S, E):
     """Tile (BW, BC) of a token-major tensor at places t, zero outside of the sequence."""
     valid = (t >= 0) & (t < S)
     return tl.load(
-        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :], mask=valid[:, None] & (channel < E)[None, :], other=0.0
+        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :],
+        mask=valid[:, None] & (channel < E)[None, :],
+        other=0.0,
     )
 
 
@@ -145,13 +151,22 @@ def _tap(w_ptr, channel, E, TAPS: tl.constexpr, i: tl.constexpr):
 @triton.jit
 def _taps4(w_ptr, channel, E):
     """The four taps of a causal convolution."""
-    return _tap(w_ptr, channel, E, 4, 0), _tap(w_ptr, channel, E, 4, 1), _tap(w_ptr, channel, E, 4, 2), _tap(w_ptr, channel, E, 4, 3)
+    return (
+        _tap(w_ptr, channel, E, 4, 0),
+        _tap(w_ptr, channel, E, 4, 1),
+        _tap(w_ptr, channel, E, 4, 2),
+        _tap(w_ptr, channel, E, 4, 3),
+    )
 
 
 @triton.jit
 def _taps3(w_ptr, channel, E, row: tl.constexpr):
     """Three taps of one kernel row."""
-    return _tap(w_ptr, channel, E, 9, 3 * row), _tap(w_ptr, channel, E, 9, 3 * row + 1), _tap(w_ptr, channel, E, 9, 3 * row + 2)
+    return (
+        _tap(w_ptr, channel, E, 9, 3 * row),
+        _tap(w_ptr, channel, E, 9, 3 * row + 1),
+        _tap(w_ptr, channel, E, 9, 3 * row + 2),
+    )
 
 
 @triton.jit
@@ -332,7 +347,9 @@ def output_kernel(
     channel = head * DH + d
     mask = (t < S)[:, None] & (d < DH)[None, :]
     t = t.to(tl.int64)
-    h = tl.load(h_ptr + batch * h_batch + head * h_head + t[:, None] * h_row + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + batch * h_batch + head * h_head + t[:, None] * h_row + d[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     c = tl.load(c_ptr + (batch * S + t[:, None]) * E + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(h, 1) / DH
@@ -370,9 +387,13 @@ def output_backward_kernel(
         mask = (t < S)[:, None] & (d < DH)[None, :]
         t = t.to(tl.int64)
         place = (batch * S + t[:, None]) * E + channel[None, :]
-        h = tl.load(h_ptr + batch * h_batch + head * h_head + t[:, None] * h_row + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + batch * h_batch + head * h_head + t[:, None] * h_row + d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         c = tl.load(c_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + channel[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(h, 1) / DH
         centred = tl.where(mask, h - mean[:, None], 0.0)
@@ -387,7 +408,9 @@ def output_backward_kernel(
         dz = dy * inner * (sigma + gate * (1.0 - sigma))
         dzsum += tl.sum(dz, 0)
         tl.store(
-            dz_ptr + batch * dz_batch + t[:, None] * dz_row + channel[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask
+            dz_ptr + batch * dz_batch + t[:, None] * dz_row + channel[None, :],
+            dz.to(dz_ptr.dtype.element_ty),
+            mask=mask,
         )
         dinner = dy * gate
         tl.store(dc_ptr + place, (dinner * skip[None, :]).to(dc_ptr.dtype.element_ty), mask=mask)
@@ -423,8 +446,8 @@ def mix_backward_kernel(
 ):  # fmt: skip
     """Gradients of q, k, v and the gates taken back to conv(a) + b and, through v alone, to a.
 
-    dpre = (dc + Wq' dq + Wk' dk + Gc' dgate) * SiLU'(pre);  da = Wv' dv + Ga' dgate, with the gates as linear maps Gc of
-    c and Ga of a. Sums over the tokens of this program for Wq, Wk, Wv, their biases, and the gates' weights.
+    dpre = (dc + Wq' dq + Wk' dk + Gc' dgate) * SiLU'(pre);  da = Wv' dv + Ga' dgate, with the gates as linear maps Gc
+    of c and Ga of a. Sums over the tokens of this program for Wq, Wk, Wv, their biases, and the gates' weights.
     """
     part = tl.program_id(0)
     strip = tl.program_id(1)
@@ -479,7 +502,9 @@ def mix_backward_kernel(
             dc = tl.load(dc_ptr + flat, mask=mask, other=0.0).to(tl.float32)
             if IS_2D:
                 d0, d1, d2 = _load_row(a_base, a_row, row + 1, col, channel, GW, S, GH, E)
-                pre = _weigh3(u0, u1, u2, w0, w1, w2) + _weigh3(m0, m1, m2, w3, w4, w5) + _weigh3(d0, d1, d2, w6, w7, w8)
+                pre = (
+                    _weigh3(u0, u1, u2, w0, w1, w2) + _weigh3(m0, m1, m2, w3, w4, w5) + _weigh3(d0, d1, d2, w6, w7, w8)
+                )
                 a = m1
                 u0, u1, u2 = m0, m1, m2
                 m0, m1, m2 = d0, d1, d2
@@ -509,7 +534,7 @@ def mix_backward_kernel(
             tl.store(dpre_ptr + flat, dpre.to(dtype), mask=mask)
             da_place = batch * da_batch + t.to(tl.int64)[:, None] * da_row + channel[None, :]
             tl.store(da_ptr + da_place, da.to(dtype), mask=mask)
-    # Per program: Wq, Wk, Wv (E, QB) each, their biases (E) each, dgate' c and dgate' a (BG, E) each, sum of dgate (BG).
+    # Per program: Wq, Wk, Wv (E, QB) each, their biases (E) each, dgate' c and dgate' a (BG, E) each, dgate (BG).
     sums_ptr += (group * strips + strip).to(tl.int64) * (3 * E * (QB + 1) + 2 * BG * E + BG)
     wide = channel[:, None] * QB + tl.arange(0, QB)[None, :]
     tl.store(sums_ptr + wide, _diagonal_blocks(dwq, QB, BC), mask=inside[:, None])
@@ -622,7 +647,9 @@ def conv2d_backward_kernel(
             # Token t was read by its neighbours: by the one below through the upper tap, and so on.
             da = _weigh3(u0, u1, u2, w8, w7, w6) + _weigh3(m0, m1, m2, w5, w4, w3) + _weigh3(d0, d1, d2, w2, w1, w0)
             dasum = _add_da(da, dasum, batch * da_batch, da_ptr, t, da_row, channel, mask)
-            a = tl.load(a_ptr + batch * a_batch + t.to(tl.int64)[:, None] * a_row + channel[None, :], mask=mask, other=0.0)
+            a = tl.load(
+                a_ptr + batch * a_batch + t.to(tl.int64)[:, None] * a_row + channel[None, :], mask=mask, other=0.0
+            )
             a = a.to(tl.float32)
             s8 += u0.to(tl.float32) * a
             s7 += u1.to(tl.float32) * a
@@ -681,7 +708,9 @@ def conv1d_backward_kernel(
             d3, d2, d1, d0 = _load_four(dpre_base, E, t, -first - 3, channel, S, E)
             da = d0 * w0 + d1 * w1 + d2 * w2 + d3 * w3
             dasum = _add_da(da, dasum, batch * da_batch, da_ptr, t, da_row, channel, mask)
-            a = tl.load(a_ptr + batch * a_batch + t.to(tl.int64)[:, None] * a_row + channel[None, :], mask=mask, other=0.0)
+            a = tl.load(
+                a_ptr + batch * a_batch + t.to(tl.int64)[:, None] * a_row + channel[None, :], mask=mask, other=0.0
+            )
             a = a.to(tl.float32)
             s0 += d0 * a
             s1 += d1 * a
