@@ -11,7 +11,7 @@ from ..ops.block_op import fused_block
 from ..ops.mlstm import _why_not_triton as why_not_triton
 from ..ops.triton_launch import MAX_HEAD_DIM
 
-__all__ = ['run_fused', 'why_not_fused']
+__all__ = ['fused_weights', 'run_fused', 'why_not_fused']
 
 MAX_BLOCK = 16
 """Largest edge of the projections' blocks that the kernels are made for."""
@@ -77,6 +77,14 @@ def run_fused(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (B, S, D) in x's dtype.
     """
+    layer, dtype = block.layer, compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        scale = block.drop_path.factors(x)
+        return fused_block(x, fused_weights(block), scale, grid, layer.num_heads, layer.reverse, dtype)
+
+
+def fused_weights(block: nn.Module) -> dict[str, Tensor]:
+    """Collect a block's parameters by the short names of `mmvil.ops.block_op.WEIGHTS`; absent biases are left out."""
     layer = block.layer
     named = {
         'norm_w': block.norm.weight,
@@ -99,8 +107,4 @@ def run_fused(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         'down_w': layer.proj_down.weight,
         'down_b': layer.proj_down.bias,
     }
-    present = {name: weight for name, weight in named.items() if weight is not None}
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        scale = block.drop_path.factors(x)
-        return fused_block(x, present, scale, grid, layer.num_heads, layer.reverse, dtype)
+    return {name: weight for name, weight in named.items() if weight is not None}

@@ -102,9 +102,9 @@ def _(
     inner = named['skip'].shape[0]
     u = x.new_empty(batch, tokens, 2 * inner, dtype=dtype)
     gates = x.new_empty(2, batch, heads, tokens, dtype=torch.float32)
-    h = empty_rows_like(x.new_empty(batch, heads, tokens, inner // heads, dtype=dtype))
+    q = x.new_empty(batch, tokens, heads, inner // heads, dtype=dtype).transpose(1, 2)  # as the launchers lay it out
     shape = _shape(x, named, rows, columns, heads, reverse)
-    return [torch.empty_like(x), u, gates, h, *_cell(shape).empty_saved(h)]
+    return [torch.empty_like(x), u, gates, empty_rows_like(q), *_cell(shape).empty_saved(q)]
 
 
 @torch.library.custom_op('mmvil::vil_block_bwd', mutates_args=())

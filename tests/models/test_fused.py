@@ -87,16 +87,17 @@ def test_drop_path_scales_whole_images() -> None:
 def test_what_is_not_covered_says_so() -> None:
     x = torch.zeros(1, 4, 16)
     cases = {
-        'switched off': ViLBlock(16, fused=False),
-        'parallel': ViLBlock(16, mlstm_backend='parallel'),
-        '3 x 3': ViLBlock(16, conv_kernel_size=5),
-        'power of two': ViLBlock(24, qkv_block_size=6),
+        'switched off': ViLBlock(16),
+        'parallel': ViLBlock(16, mlstm_backend='parallel', fused=True),
+        '3 x 3': ViLBlock(16, conv_kernel_size=5, fused=True),
+        'power of two': ViLBlock(24, qkv_block_size=6, fused=True),
     }
     for part, block in cases.items():
         assert part in why_not_fused(block, x)
-    assert 'float64' in why_not_fused(ViLBlock(16), x.double())
-    assert 'empty' in why_not_fused(ViLBlock(16), x[:0])
-    hooked = ViLBlock(16)
+    block = ViLBlock(16, fused=True)
+    assert 'float64' in why_not_fused(block, x.double())
+    assert 'empty' in why_not_fused(block, x[:0])
+    hooked = ViLBlock(16, fused=True)
     hooked.layer.register_forward_hook(lambda *_: None)
     assert 'hook' in why_not_fused(hooked, x)
 
@@ -120,8 +121,9 @@ def test_gradients_at_full_width(dims: int, grid: tuple[int, int], reverse: bool
 @pytest.mark.gpu
 def test_whole_model_eager_compiled_and_checkpointed() -> None:
     torch.manual_seed(0)
-    model = VisionLSTM({'embed_dims': 64, 'num_layers': 4}, img_size=64, out_type='bilateral_concat').cuda()
-    plain = VisionLSTM({'embed_dims': 64, 'num_layers': 4}, img_size=64, out_type='bilateral_concat', fused=False)
+    options = {'arch': {'embed_dims': 64, 'num_layers': 4}, 'img_size': 64, 'out_type': 'bilateral_concat'}
+    model = VisionLSTM(**options, fused=True).cuda()
+    plain = VisionLSTM(**options)
     plain.load_state_dict(model.state_dict())
     plain.double()
     compiled = torch.compile(model, fullgraph=True)
@@ -140,7 +142,7 @@ def test_whole_model_eager_compiled_and_checkpointed() -> None:
 @pytest.mark.gpu
 def test_results_do_not_change_from_run_to_run() -> None:
     torch.manual_seed(0)
-    block = ViLBlock(192).cuda()
+    block = ViLBlock(192, fused=True).cuda()
     x = torch.randn(4, 196, 192, device='cuda', requires_grad=True)
     runs = []
     for _ in range(2):
@@ -151,3 +153,17 @@ def test_results_do_not_change_from_run_to_run() -> None:
         out.square().sum().backward()
         runs.append([out.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in block.parameters())])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@on_kernels
+def test_operator_contract() -> None:
+    from mmvil.models.fused import fused_weights
+    from mmvil.ops.block_op import vil_block_fwd
+
+    block = trained_like(ViLBlock(16)).to(DEVICE)
+    weights = {name: weight.detach().requires_grad_() for name, weight in fused_weights(block).items()}
+    x = torch.randn(1, 6, 16, device=DEVICE, requires_grad=True)
+    arguments = (x, list(weights.values()), ' '.join(weights), None, 2, 3, 4, True, torch.float32)
+    torch.library.opcheck(
+        vil_block_fwd, arguments, test_utils=('test_schema', 'test_faketensor', 'test_autograd_registration')
+    )
