@@ -1,6 +1,6 @@
 """The mLSTM as torch operators `mmvil::mlstm_fwd` and `mmvil::mlstm_bwd`: fake kernels, autograd, fallback.
 
-A form that fails to compile is given up with one warning; its work is done in plain torch from then on.
+Kernels that fail to compile are given up with one warning; their work is done in plain torch from then on.
 """
 
 import importlib
@@ -10,8 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .chunkwise import mlstm_chunkwise
-from .reference import mlstm_parallel
+from .torch_backward import like_kernels, mlstm_with_gradients
 from .triton_launch import empty_rows_like, is_compile_failure
 
 __all__ = ['FORMS', 'compile_failures', 'mlstm_bwd', 'mlstm_fwd', 'mlstm_triton']
@@ -19,8 +18,8 @@ __all__ = ['FORMS', 'compile_failures', 'mlstm_bwd', 'mlstm_fwd', 'mlstm_triton'
 FORMS = {'quadratic': 'triton_quadratic', 'chunkwise': 'triton_chunkwise'}
 """Form -> module with forward, backward and empty_saved."""
 
-compile_failures: dict[str, str] = {}
-"""Forms given up in this process, with the compiler's message."""
+compile_failures: dict[tuple[str, torch.dtype, int], str] = {}
+"""(form, dtype, DH) given up in this process, with the compiler's message."""
 
 counted_form: str | None = None
 """Form that mLSTM calls are counted as while `flops.count_as` is active."""
@@ -33,31 +32,16 @@ def _module(form: str) -> ModuleType:
     return importlib.import_module(f'.{FORMS[form]}', __package__)
 
 
-def _give_up(form: str, error: Exception) -> None:
-    """Remember that a form does not compile here, and say so once."""
+def _give_up(form: str, q: Tensor, error: Exception) -> None:
+    """Remember that the kernels do not compile here for a form, dtype and head size, and say so once."""
     message = str(error).strip().splitlines()
-    compile_failures[form] = f'{type(error).__name__}: {message[0] if message else ""}'
+    reason = f'{type(error).__name__}: {message[0] if message else ""}'
+    compile_failures[form, q.dtype, q.shape[-1]] = reason
     warnings.warn(
-        f'The {form} Triton kernels of the mLSTM do not compile here ({compile_failures[form]}); plain torch takes '
-        'over. Run python -m mmvil.ops.selfcheck for details.',
+        f'The {form} Triton kernels of the mLSTM do not compile here for DH {q.shape[-1]} and {q.dtype} ({reason}); '
+        'plain torch takes over. Run python -m mmvil.ops.selfcheck for details.',
         stacklevel=2,
     )
-
-
-def _torch_forward(
-    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, eps: float, form: str
-) -> Tensor:
-    """Compute h in plain torch, float32 inside."""
-    run = mlstm_parallel if form == 'quadratic' else mlstm_chunkwise
-    return run(q.float(), k.float(), v.float(), igate, fgate, reverse, eps).to(q.dtype)
-
-
-def _torch_backward(dh: Tensor, inputs: list[Tensor], reverse: bool, eps: float, form: str) -> list[Tensor]:
-    """Gradients of `_torch_forward`, recomputed."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        h = _torch_forward(*leaves, reverse, eps, form)
-    return list(torch.autograd.grad(h, leaves, dh))
 
 
 @torch.library.custom_op('mmvil::mlstm_fwd', mutates_args=())
@@ -80,16 +64,17 @@ def mlstm_fwd(
         h, (B, NH, S, DH), and after it what the backward pass of that form needs.
     """
     module = _module(form)
-    if form not in compile_failures:
+    if (form, q.dtype, q.shape[-1]) not in compile_failures:
         try:
-            h, saved = module.forward(q, k, v, igate, fgate, reverse, eps)
+            with torch.cuda.device_of(q):
+                h, saved = module.forward(q, k, v, igate, fgate, reverse, eps)
         except Exception as error:
             if not is_compile_failure(error):
                 raise
-            _give_up(form, error)
+            _give_up(form, q, error)
         else:
             return [h, *saved]
-    h = empty_rows_like(q).copy_(_torch_forward(q, k, v, igate, fgate, reverse, eps, form))
+    (h,) = like_kernels([q], mlstm_with_gradients(q, k, v, igate, fgate, reverse, eps))
     return [h, *(x.zero_() for x in module.empty_saved(q))]
 
 
@@ -123,18 +108,16 @@ def mlstm_bwd(
     Returns:
         dq, dk, dv in q's dtype; digate and dfgate, (B, NH, S), float32.
     """
-    if form not in compile_failures:
+    if (form, q.dtype, q.shape[-1]) not in compile_failures:
         try:
-            return list(_module(form).backward(dh, q, k, v, igate, fgate, h, tuple(saved), reverse, eps))
+            with torch.cuda.device_of(q):
+                return list(_module(form).backward(dh, q, k, v, igate, fgate, h, tuple(saved), reverse, eps))
         except Exception as error:
             if not is_compile_failure(error):
                 raise
-            _give_up(form, error)
-    gradients = _torch_backward(dh, [q, k, v, igate, fgate], reverse, eps, form)
-    return [
-        empty_rows_like(x).copy_(gradient) if x.dim() == 4 else gradient.contiguous()
-        for x, gradient in zip((q, k, v, igate, fgate), gradients, strict=True)
-    ]
+            _give_up(form, q, error)
+    inputs = [q, k, v, igate, fgate]
+    return like_kernels(inputs, mlstm_with_gradients(*inputs, reverse, eps, dh))
 
 
 @mlstm_bwd.register_fake

@@ -1,8 +1,8 @@
 """FLOPs of the mLSTM: formulas for `torch.utils.flop_counter`, a handle for mmengine's FlopAnalyzer, and `get_flops`.
 
 Counted are the matrix products that the kernels execute: 2 FLOPs per multiply-add, keys up to the query alone (the
-causal half). Left out: gates, scans, exponentials and the division by the normaliser, O(S * DH) or less. FlopAnalyzer counts
-multiply-adds and calls them flops; `get_flops` returns both.
+causal half). Left out: gates, scans, exponentials and the division by the normaliser, O(S * DH) or less. FlopAnalyzer
+counts multiply-adds and calls them flops; `get_flops` returns both.
 """
 
 import contextlib

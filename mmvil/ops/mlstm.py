@@ -31,7 +31,7 @@ def available_backends() -> dict[str, str | None]:
         Backend name -> None if it is usable, else the reason why it is not.
     """
     reason = why_not_on_device('cpu' if interpreting() else 'cuda', None)
-    return {**dict.fromkeys(TORCH_BACKENDS), 'triton': reason or _compile_failure()}
+    return {**dict.fromkeys(TORCH_BACKENDS), 'triton': reason}
 
 
 def mlstm(
@@ -134,7 +134,7 @@ def _auto_takes_triton(dtype: torch.dtype, index: int | None) -> bool:
     """Whether 'auto' uses the kernels; warns once per reason where a CUDA device cannot."""
     reason = why_not_on_device('cuda', index)
     if reason is None and dtype != torch.float64:  # float64 is for checks; nobody expects a kernel there
-        reason = why_not_dtype(dtype, 'cuda', index) or _compile_failure()
+        reason = why_not_dtype(dtype, 'cuda', index)
     if reason is not None and reason not in _warned:
         _warned.add(reason)
         warnings.warn(f'mlstm runs in plain torch: {reason}', stacklevel=2)
@@ -142,12 +142,6 @@ def _auto_takes_triton(dtype: torch.dtype, index: int | None) -> bool:
 
 
 _warned: set[str] = set()
-
-
-def _compile_failure() -> str | None:
-    """Message of the form of the kernels that failed to compile in this process, or None."""
-    failures = custom_op.compile_failures.items()
-    return next((f'the {form} kernels do not compile: {error}' for form, error in failures), None)
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, eps: float) -> None:

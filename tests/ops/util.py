@@ -1,6 +1,7 @@
 """Inputs and comparisons shared by the operator tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -75,3 +76,14 @@ def assert_all_close(actual: list[Tensor], reference: list[Tensor], tolerance: f
         limit = tolerance * (GATE_FACTOR if name in ('digate', 'dfgate') else 1)
         error = relative_error(x, y, gate_scale if name == 'dfgate' else None)
         assert error <= limit, f'{name}: relative error {error:.2e}, allowed {limit:.1e}'
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """Allow TF32 in matrix products of float32 tensors."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
