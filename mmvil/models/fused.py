@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..ops.block_op import fused_block
-from ..ops.mlstm import _why_not_triton as why_not_triton
+from ..ops.mlstm import why_not_triton
 from ..ops.triton_launch import MAX_HEAD_DIM
 
 __all__ = ['fused_weights', 'run_fused', 'why_not_fused']
