@@ -1,8 +1,8 @@
 """Random numbers of data loading as a function of the place of a sample in the training, not of what ran before it.
 
-A worker process that has been alive for a while cannot be put back into its random state by a resumed run. So the sampler
-hands out each index together with its place in the stream, and the data set seeds the generators from that place before
-it loads the sample. The numbers are then the same for any number of workers, and after any resume.
+A worker process that has been alive for a while cannot be put back into its random state by a resumed run. So the
+sampler hands out each index together with its place in the stream, and the data set seeds the generators from that
+place before it loads the sample. The numbers are then the same for any number of workers, and after any resume.
 """
 
 import random
@@ -25,7 +25,8 @@ def seed_generators(*key: int, devices: bool = True) -> None:
 
     Source: numpy.random.SeedSequence, which hashes the whole key.
     """
-    words = np.random.SeedSequence(key).generate_state(4)
+    # SeedSequence fills short keys up with zeros; the length keeps (1,) and (1, 0) apart.
+    words = np.random.SeedSequence((len(key), *key)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch_seed = (int(words[2]) << 31) ^ int(words[3])

@@ -66,7 +66,8 @@ def mlstm_fwd(
     module = _module(form)
     if (form, q.dtype, q.shape[-1]) not in compile_failures:
         try:
-            h, saved = module.forward(q, k, v, igate, fgate, reverse, eps)
+            with torch.cuda.device_of(q):
+                h, saved = module.forward(q, k, v, igate, fgate, reverse, eps)
         except Exception as error:
             if not is_compile_failure(error):
                 raise
@@ -109,7 +110,8 @@ def mlstm_bwd(
     """
     if (form, q.dtype, q.shape[-1]) not in compile_failures:
         try:
-            return list(_module(form).backward(dh, q, k, v, igate, fgate, h, tuple(saved), reverse, eps))
+            with torch.cuda.device_of(q):
+                return list(_module(form).backward(dh, q, k, v, igate, fgate, h, tuple(saved), reverse, eps))
         except Exception as error:
             if not is_compile_failure(error):
                 raise

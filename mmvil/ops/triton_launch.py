@@ -45,8 +45,10 @@ the self-check first: wrong gradients on a new family have been seen in other li
 
 BFLOAT16_CAPABILITY = (8, 0)
 
-# (largest DH, largest S where the quadratic form is as fast as the chunkwise one).
-QUADRATIC_MAX_TOKENS = ((128, 1536), (256, 1536), (MAX_HEAD_DIM, 2048))
+# (largest DH, largest S given to the quadratic form). From benchmarks/results: both forms' times per token at 196
+# tokens (mlstm_h100.json), the quadratic one's also at 1,024 (mlstm_tiles_h100.json), carried on by how they grow: with
+# S, and not at all. No chunkwise time is known above DH 256.
+QUADRATIC_MAX_TOKENS = ((128, 1536), (256, 2560), (MAX_HEAD_DIM, 4096))
 ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
 """Environment variable: 1 lets the kernels run on a card of unknown compute capability."""
 
@@ -244,10 +246,10 @@ def why_not_on_device(device_type: str, index: int | None) -> str | None:
         return 'the package triton is not installed'
     if interpreting():
         return None
-    if device_type != 'cuda':
-        return f'the tensors are on {device_type!r}, the kernels need a CUDA device'
     if not torch.cuda.is_available():
         return 'there is no CUDA device'
+    if device_type != 'cuda':
+        return f'the tensors are on {device_type!r}, the kernels need a CUDA device'
     if torch.version.hip is not None:
         return 'the kernels have not been tried on ROCm'
     capability = torch.cuda.get_device_capability(index)
@@ -290,7 +292,7 @@ def choose_form(length: int, head_dim: int) -> str:
         head_dim: DH.
 
     Returns:
-        'quadratic' or 'chunkwise', by forward + backward time on one H100 (benchmarks/results/mlstm_h100.json).
+        'quadratic' or 'chunkwise', by forward + backward time on one H100.
     """
     limit = next(tokens for largest, tokens in QUADRATIC_MAX_TOKENS if head_dim <= largest)
     return 'quadratic' if length <= limit else 'chunkwise'
