@@ -122,14 +122,24 @@ def _choose_backend(backend: str, q: Tensor) -> str:
     return backend
 
 
+def constant_when_compiled(function: Callable) -> Callable:
+    """Mark a function whose answer torch.compile may take for a constant.
+
+    Does what `torch.compiler.assume_constant_result` does, without its import of the whole compiler, which would make
+    `import mmvil.ops` slow and load Triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 # Asked while torch.compile traces: the answers hold for a process, so they become constants of the graph.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run these tensors, or None."""
     return why_not_on_device(device_type, index) or why_not_dtype(dtype, device_type, index)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _auto_takes_triton(dtype: torch.dtype, index: int | None) -> bool:
     """Whether 'auto' uses the kernels; warns once per reason where a CUDA device cannot."""
     reason = why_not_on_device('cuda', index)
