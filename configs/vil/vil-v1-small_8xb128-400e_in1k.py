@@ -1,0 +1,20 @@
+"""ViL-S of the first release (v1), ImageNet-1K: 400 epochs at 224 px, no further fine-tuning.
+
+Evaluates the first release's weights and holds the recipe they were made with. Published: 80.7 % top-1.
+"""
+
+_base_ = [
+    '../_base_/models/vil_cls.py',
+    '../_base_/datasets/imagenet_vil_224.py',
+    '../_base_/schedules/in1k_adamw.py',
+    '../_base_/runtime_cls.py',
+]
+
+model = dict(
+    backbone=dict(arch='small', version='v1', out_type='bilateral_avg', drop_path_rate=0.05),
+    head=dict(in_channels=384),
+)
+train_dataloader = dict(batch_size=128)  # x 8 GPUs = 1024
+optim_wrapper = dict(optimizer=dict(lr=1e-3))  # 1e-3 * 1024 / 1024
+train_cfg = dict(max_epochs=400)
+auto_scale_lr = dict(base_batch_size=1024)
