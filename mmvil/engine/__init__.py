@@ -1,10 +1,8 @@
-<<<<<<< HEAD
-"""Training machinery for mmengine: optimizer construction and schedules. Needs mmengine."""
+"""Training machinery for mmengine: optimizer construction, schedules and hooks. Needs mmengine."""
 
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .random_state_hook import RandomStateHook
 from .schedule import WarmupCosineLR
+from .stop_on_non_finite_loss_hook import StopOnNonFiniteLossHook
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'WarmupCosineLR']
-=======
-"""Hooks and optimizer constructors for mmengine runners."""
->>>>>>> main
+__all__ = ['LayerDecayOptimWrapperConstructor', 'RandomStateHook', 'StopOnNonFiniteLossHook', 'WarmupCosineLR']
