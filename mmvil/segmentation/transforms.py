@@ -94,8 +94,8 @@ class LoadSegAnnotations(BaseTransform):
             shown = ', '.join(map(str, wrong[:NUM_SHOWN])) + (', ...' if len(wrong) > NUM_SHOWN else '')
             zero = '0 is ignored' if results['reduce_zero_label'] else 'reduce_zero_label=False'
             raise ValueError(
-                f'mask {path} holds the labels {shown}; accepted are {first} to {last} ({zero}) and {IGNORED} (ignored) '
-                f'for {self.num_classes} classes'
+                f'mask {path} holds the labels {shown}; accepted for {self.num_classes} classes are {first} to '
+                f'{last} ({zero}) and {IGNORED} (ignored)'
             )
 
     def __repr__(self) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
 
@@ -51,7 +50,6 @@ def small_model_config(num_classes=3, crop=32, dims=16, num_layers=4, stride=Non
 
 def build(model_config):
     """Build a segmentor on the CPU."""
-    init_default_scope('mmseg')
     model = revert_sync_batchnorm(MODELS.build(model_config))
     model.init_weights()
     return model.eval()
