@@ -2,8 +2,8 @@ import pytest
 from mmengine.registry import DefaultScope
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope='module', autouse=True)
 def mmseg_scope():
-    """Resolve names without a scope as mmsegmentation's, in this test only."""
+    """Resolve names without a scope as mmsegmentation's, in this module's tests only."""
     with DefaultScope.overwrite_default_scope('mmseg'):
         yield
