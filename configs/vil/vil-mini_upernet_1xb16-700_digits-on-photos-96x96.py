@@ -29,8 +29,6 @@ load_mask = dict(type='mmvil.LoadSegAnnotations', num_classes=num_classes)
 train_pipeline = [
     dict(type='mmvil.LoadCheckedImage'),
     load_mask,
-    dict(type='RandomResize', scale=crop_size, ratio_range=(0.9, 1.2), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

@@ -18,6 +18,7 @@ from .datasets import CheckedFolders
 __all__ = ['DigitsOnPhotos', 'write_digits_on_photos']
 
 IMAGE_SIZE = 96
+DIGIT_SIZE, GRID = 48, 8  # places are multiples of the second, so a small model with patches of that size learns soon
 COUNTS = {'training': 800, 'validation': 120}
 SEED = 0
 FORMAT = 1  # of the written data; a folder of another format is refused
@@ -59,14 +60,13 @@ def _crop_photograph(photograph: np.ndarray, split: str, rng: np.random.Generato
     return np.asarray(Image.fromarray(np.ascontiguousarray(square)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC))
 
 
-def _place_boxes(rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
-    """Find (top, left, edge) for up to `count` squares that do not overlap."""
-    boxes: list[tuple[int, int, int]] = []
+def _place_digits(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Find (top, left) for up to `count` squares that do not overlap."""
+    boxes: list[tuple[int, int]] = []
     for _ in range(50):
-        edge = int(rng.integers(32, 49))
-        top, left = (int(start) for start in rng.integers(0, IMAGE_SIZE - edge + 1, 2))
-        if all(top + edge <= t or t + e <= top or left + edge <= x or x + e <= left for t, x, e in boxes):
-            boxes.append((top, left, edge))
+        top, left = (GRID * int(start) for start in rng.integers(0, (IMAGE_SIZE - DIGIT_SIZE) // GRID + 1, 2))
+        if all(max(abs(top - other_top), abs(left - other_left)) >= DIGIT_SIZE for other_top, other_left in boxes):
+            boxes.append((top, left))
         if len(boxes) == count:
             break
     return boxes
@@ -80,12 +80,12 @@ def _draw(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for _ in range(COUNTS[split]):
         picture = _crop_photograph(photographs[int(rng.integers(len(photographs)))], split, rng).astype(np.float64)
         labels = np.full((IMAGE_SIZE, IMAGE_SIZE), PHOTOGRAPH, np.uint8)
-        for top, left, edge in _place_boxes(rng, int(rng.integers(2, 5))):
+        for top, left in _place_digits(rng, int(rng.integers(2, 5))):
             order = order or rng.permutation(_split_digits(classes, split)).tolist()
             index = order.pop()
             small = Image.fromarray(digits[index].astype(np.float32))
-            ink = np.clip(np.asarray(small.resize((edge, edge), Image.BICUBIC), np.float64), 0, 1)
-            area = (slice(top, top + edge), slice(left, left + edge))
+            ink = np.clip(np.asarray(small.resize((DIGIT_SIZE, DIGIT_SIZE), Image.BICUBIC), np.float64), 0, 1)
+            area = (slice(top, top + DIGIT_SIZE), slice(left, left + DIGIT_SIZE))
             ground = picture[area]
             colour = rng.uniform(*INK_RANGE)
             picture[area] = ground * (1 - ink[..., None]) + colour * ink[..., None]
