@@ -35,10 +35,9 @@ def check_finite(image: np.ndarray, name: str) -> None:
 class LoadCheckedImage(BaseTransform):
     """Load an image from a file, or check the one that is there already.
 
-    mmcv's `LoadImageFromFile` with its default decoder fills the missing part of a truncated JPEG file with grey
-    without a word, and its errors do not all name the file. This one decodes with Pillow, like torchvision, and gives
-    a clear error. By default it also ignores the orientation tag as torchvision does, which keeps validation images
-    equal to those that published accuracies were measured on.
+    mmcv's `LoadImageFromFile` leaves a damaged file to its decoder, whose error, with Pillow, names no file. This
+    one names it, and decodes with Pillow as torchvision does. By default it also ignores the orientation tag as
+    torchvision does, which keeps validation images equal to those that published accuracies were measured on.
 
     Required key: `img_path`, or `img` (an array; inference tools load it themselves). Added keys: `img` (H, W, C) in
     BGR order, `img_shape`, `ori_shape`.

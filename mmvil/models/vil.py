@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..registry import MODELS
 from .block import ViLBlock
 from .checkpoint import load_strictly, read_checkpoint, select_prefix, unwrap_state_dict
-from .layers import PatchEmbed, ResidualLayerNorm, patch_grid, resample_positions, to_pair
+from .layers import PatchEmbed, ResidualLayerNorm, check_drop_path_rate, patch_grid, resample_positions, to_pair
 
 __all__ = ['VisionLSTM']
 
@@ -52,6 +52,8 @@ class VisionLSTM(BaseModule):
         with_cp: Recompute the sub-blocks' activations in the backward pass to save memory.
         interpolate_mode: How the position table is resampled: 'bicubic', 'bilinear' or 'nearest'.
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
+        pos_grid: Rows and columns of the position table, an int or a pair. Default: the token grid of `img_size`. With
+            another one the table is resampled in each forward, as the published stride-8 models do.
         conv: 'conv2d', 'causal_conv1d', None (no convolution) or 'default' (as the version says).
         conv_kernel_size: Kernel size of the convolution. Default: 3 for 'conv2d', 4 for 'causal_conv1d'.
         proj_bias: Whether projections have biases. Default: as the version says.
@@ -111,6 +113,7 @@ class VisionLSTM(BaseModule):
         with_cp: bool = False,
         interpolate_mode: str = 'bicubic',
         mlstm_backend: str = 'auto',
+        pos_grid: int | Sequence[int] | None = None,
         conv: str | None = 'default',
         conv_kernel_size: int | None = None,
         proj_bias: bool | None = None,
@@ -137,6 +140,7 @@ class VisionLSTM(BaseModule):
             _check_positive('in_channels', in_channels), self.embed_dims, self.patch_size, self.patch_stride
         )
         grid = patch_grid(to_pair(img_size, 'img_size'), self.patch_size, self.patch_stride)
+        grid = grid if pos_grid is None else to_pair(pos_grid, 'pos_grid')
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, self.embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.register_load_state_dict_pre_hook(_resample_loaded_positions)
@@ -181,8 +185,8 @@ class VisionLSTM(BaseModule):
             One tensor per entry of `out_indices`, of the shape given in the class's table.
 
         Raises:
-            TypeError: If the images are not of a floating-point dtype.
-            ValueError: If the images have another number of channels or are smaller than a patch.
+            TypeError: If the images are no tensor of the weights' dtype (under autocast: of a floating-point dtype).
+            ValueError: If the images have another number of channels, are smaller than a patch or on another device.
         """
         tokens = self.patch_embed(x)
         grid = (tokens.shape[1], tokens.shape[2])
@@ -220,7 +224,7 @@ class VisionLSTM(BaseModule):
             ValueError: A pretrained checkpoint cannot be read, or lacks a key, or holds one that is unknown.
         """
         configs = [self.init_cfg] if isinstance(self.init_cfg, Mapping) else list(self.init_cfg or [])
-        pretrained = [config for config in configs if config.get('type') == 'Pretrained']
+        pretrained = [config for config in configs if config.get('type') in ('Pretrained', PretrainedInit)]
         if self.is_init or not pretrained:
             super().init_weights()
             return
@@ -247,7 +251,8 @@ class VisionLSTM(BaseModule):
             ValueError: A key is missing, unknown or of another shape.
         """
         optional = [f'blocks.{index}.' for index in range(len(self.blocks), self.num_layers)]
-        load_strictly(self, state_dict, optional=[*optional, 'norm.', 'pool_norm.', 'head.'])
+        optional += [f'{name}.' for name in ('norm', 'pool_norm') if getattr(self, name) is None]
+        load_strictly(self, state_dict, optional=[*optional, 'head.'])
 
     def train(self, mode: bool = True) -> 'VisionLSTM':
         """Set the training mode; frozen stages stay in evaluation mode."""
@@ -303,9 +308,8 @@ class VisionLSTM(BaseModule):
                 f'an arch dict needs {sorted(required)} and may have {sorted(allowed)}, got {sorted(map(str, arch))}'
             )
         settings = dict(arch)
-        num_layers = settings['num_layers']
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f'num_layers must be a positive int, got {num_layers!r}')
+        _check_positive('embed_dims', settings['embed_dims'])
+        num_layers = _check_positive('num_layers', settings['num_layers'])
         if version == 'v2' and num_layers % 2:
             raise ValueError(f'version v2 has pairs of sub-blocks: num_layers must be even, got {num_layers}')
         return settings
@@ -331,14 +335,14 @@ def _check_choice(name: str, value: object, choices: Sequence[str] | Mapping[str
 
 def _check_positive(name: str, value: int) -> int:
     """Refuse anything but a positive int."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f'{name} must be a positive int, got {value!r}')
     return value
 
 
 def _resolve_out_indices(out_indices: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Turn out_indices into distinct non-negative indices, in the caller's order."""
-    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    indices = list(out_indices) if isinstance(out_indices, Sequence) else [out_indices]
     if not indices or not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
         raise TypeError(f'out_indices must be an int or a non-empty sequence of ints, got {out_indices!r}')
     if not all(-num_layers <= index < num_layers for index in indices):
@@ -351,15 +355,14 @@ def _resolve_out_indices(out_indices: int | Sequence[int], num_layers: int) -> t
 
 def _check_frozen_stages(frozen_stages: int, num_layers: int) -> int:
     """Refuse a frozen_stages that is out of range."""
-    if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_layers:
+    if not isinstance(frozen_stages, int) or isinstance(frozen_stages, bool) or not -1 <= frozen_stages <= num_layers:
         raise ValueError(f'frozen_stages must be an int from -1 to {num_layers}, got {frozen_stages!r}')
     return frozen_stages
 
 
 def _drop_path_rates(rate: float, decay: bool, num_layers: int) -> list[float]:
     """Compute the drop path rate of each sub-block."""
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate}')
+    check_drop_path_rate(rate)
     if not decay:
         return [rate] * num_layers
     return [rate * index / max(num_layers - 1, 1) for index in range(num_layers)]

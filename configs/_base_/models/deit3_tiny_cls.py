@@ -1,8 +1,8 @@
 """DeiT-III-T as the baseline of the ViL paper: ViT-T/16 with class token, learnable positions and layer scale 1e-4.
 
 The backbone is mmpretrain's `VisionTransformer`, not its `DeiT3`: that one has a fixed layer scale of 1e-5 and uses
-the first norm of a block twice. Differences from the paper's baseline: the class token has its own position (their sum is
-one free vector all the same), and mmpretrain initialises the MLPs with Xavier-uniform weights.
+the first norm of a block twice. Differences from the paper's baseline: the class token has its own position (their
+sum is one free vector all the same), and mmpretrain initialises the MLPs with Xavier-uniform weights.
 """
 
 model = dict(
