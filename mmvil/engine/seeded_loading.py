@@ -25,7 +25,8 @@ def seed_generators(*key: int, devices: bool = True) -> None:
 
     Source: numpy.random.SeedSequence, which hashes the whole key.
     """
-    words = np.random.SeedSequence(key).generate_state(4)
+    # SeedSequence fills short keys up with zeros; the length keeps (1,) and (1, 0) apart.
+    words = np.random.SeedSequence((len(key), *key)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch_seed = (int(words[2]) << 31) ^ int(words[3])
