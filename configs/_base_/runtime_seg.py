@@ -12,8 +12,9 @@ default_hooks = dict(
     visualization=dict(type='SegVisualizationHook'),
 )
 custom_hooks = [
-    dict(type='mmvil.RandomStateHook'),  # exact resume
+    dict(type='mmvil.RandomStateHook'),  # a resumed run equals an uninterrupted one
     dict(type='mmvil.StopOnNonFiniteLossHook'),
+    dict(type='mmvil.StrictLoadHook'),  # a checkpoint that does not fit is an error, not a warning
 ]
 
 env_cfg = dict(

@@ -37,6 +37,18 @@ test_pipeline = [
     load_mask,
     dict(type='PackSegInputs'),
 ]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(edge, edge), keep_ratio=True) for edge in (88, 96, 104)],
+            [load_mask],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+tta_model = dict(type='SegTTAModel')
 dataset = dict(type='mmvil.DigitsOnPhotos', data_root='data/digits_on_photos')
 train_dataloader = dict(
     batch_size=16,
@@ -77,5 +89,7 @@ default_hooks = dict(checkpoint=dict(interval=max_iters // 2))
 custom_hooks = [
     dict(type='mmvil.RandomStateHook'),
     dict(type='mmvil.StopOnNonFiniteLossHook'),
+    dict(type='mmvil.StrictLoadHook'),
+    dict(type='mmvil.TrainingReportHook', metric='mIoU'),
     dict(type='mmvil.SegOverlayHook', num_images=16),
 ]

@@ -10,4 +10,5 @@ optim_wrapper = dict(dtype='float16', loss_scale='dynamic')
 custom_hooks = [
     dict(type='mmvil.RandomStateHook'),
     dict(type='mmvil.StopOnNonFiniteLossHook', tolerance=20),
+    dict(type='mmvil.StrictLoadHook'),
 ]
