@@ -18,7 +18,7 @@ from .datasets import CheckedFolders
 __all__ = ['DigitsOnPhotos', 'write_digits_on_photos']
 
 IMAGE_SIZE = 96
-DIGIT_SIZE, GRID = 48, 8  # places are multiples of the second, so a small model with patches of that size learns soon
+DIGIT_SIZE, GRID = 40, 8  # places are multiples of the second, so a small model with patches of that size learns soon
 COUNTS = {'training': 800, 'validation': 120}
 SEED = 0
 FORMAT = 1  # of the written data; a folder of another format is refused
@@ -60,16 +60,14 @@ def _crop_photograph(photograph: np.ndarray, split: str, rng: np.random.Generato
     return np.asarray(Image.fromarray(np.ascontiguousarray(square)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC))
 
 
-def _place_digits(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """Find (top, left) for up to `count` squares that do not overlap."""
-    boxes: list[tuple[int, int]] = []
-    for _ in range(50):
-        top, left = (GRID * int(start) for start in rng.integers(0, (IMAGE_SIZE - DIGIT_SIZE) // GRID + 1, 2))
-        if all(max(abs(top - other_top), abs(left - other_left)) >= DIGIT_SIZE for other_top, other_left in boxes):
-            boxes.append((top, left))
-        if len(boxes) == count:
-            break
-    return boxes
+def _place_digits(rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Choose (top, left) of three or four digits, each somewhere in its own quarter of the picture."""
+    quarters = [(row, column) for row in (0, 1) for column in (0, 1)]
+    chosen = rng.permutation(4)[: int(rng.integers(3, 5))]
+    half = IMAGE_SIZE // 2
+    steps = (half - DIGIT_SIZE) // GRID + 1
+    offsets = GRID * rng.integers(0, steps, (4, 2))
+    return [tuple(int(half * q + o) for q, o in zip(quarters[i], offsets[i], strict=True)) for i in chosen]
 
 
 def _draw(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -80,7 +78,7 @@ def _draw(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for _ in range(COUNTS[split]):
         picture = _crop_photograph(photographs[int(rng.integers(len(photographs)))], split, rng).astype(np.float64)
         labels = np.full((IMAGE_SIZE, IMAGE_SIZE), PHOTOGRAPH, np.uint8)
-        for top, left in _place_digits(rng, int(rng.integers(2, 5))):
+        for top, left in _place_digits(rng):
             order = order or rng.permutation(_split_digits(classes, split)).tolist()
             index = order.pop()
             small = Image.fromarray(digits[index].astype(np.float32))
@@ -181,9 +179,9 @@ class DigitsOnPhotos(CheckedFolders, BaseSegDataset):
     vultilion, both CC BY 2.0).
     """
 
-    METAINFO = dict(
-        classes=('photograph', *'0123456789'),
-        palette=[
+    METAINFO = {
+        'classes': ('photograph', *'0123456789'),
+        'palette': [
             [90, 90, 90],
             [230, 25, 75],
             [60, 180, 75],
@@ -196,7 +194,7 @@ class DigitsOnPhotos(CheckedFolders, BaseSegDataset):
             [170, 110, 40],
             [250, 190, 212],
         ],
-    )
+    }
 
     def __init__(self, data_root: str = 'data/digits_on_photos', reduce_zero_label: bool = True, **kwargs) -> None:
         write_digits_on_photos(data_root)

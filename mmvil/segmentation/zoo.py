@@ -129,7 +129,7 @@ def _check_same_model(config: Config, meta: Mapping, checkpoint_path: str | Path
     """Compare the config's model with the one that the checkpoint says it was trained with."""
     if not meta.get('cfg'):
         raise ValueError(f'{checkpoint_path} does not say with which config it was trained (meta.cfg)')
-    trained = Config.fromstring(meta['cfg'], '.py', import_custom_modules=False)
+    trained = Config.fromstring(meta['cfg'], '.py')
     for key in sorted(set(config.model) | set(trained.model)):
         ours, theirs = config.model.get(key), trained.model.get(key)
         if key == 'backbone':  # where the start weights lay is no part of the model

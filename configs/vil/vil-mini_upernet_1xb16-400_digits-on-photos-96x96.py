@@ -8,7 +8,7 @@ _base_ = ['../_base_/models/upernet_vil.py', '../_base_/runtime_seg.py']
 
 crop_size = (96, 96)
 num_classes = 11
-max_iters = 700
+max_iters = 400
 norm_cfg = dict(type='BN')
 
 model = dict(
@@ -77,7 +77,7 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(bias_decay_mult=0.0, norm_decay_mult=0.0, flat_decay_mult=0.0),
     clip_grad=dict(max_norm=1.0),
 )
