@@ -116,10 +116,10 @@ class SegOverlayHook(Hook):
     Args:
         num_images: Pictures per validation. Default: 8.
         folder: Folder in the work directory; pictures of an earlier validation are replaced. Default: 'overlays'.
-        alpha: Weight of the colours. Default: 0.6.
+        alpha: Weight of the colours. Default: 0.75.
     """
 
-    def __init__(self, num_images: int = 8, folder: str = 'overlays', alpha: float = 0.6) -> None:
+    def __init__(self, num_images: int = 8, folder: str = 'overlays', alpha: float = 0.75) -> None:
         self.num_images, self.folder, self.alpha = num_images, folder, alpha
         self._written = 0
 
@@ -151,7 +151,11 @@ class SegOverlayHook(Hook):
                 labels.insert(0, sample.gt_sem_seg.data[0].cpu().numpy())
                 titles.insert(1, 'ground truth')
             panels = [image, *(draw_overlay(image, values, palette, self.alpha) for values in labels)]
-            present = count_classes(np.concatenate([values.ravel() for values in labels]), len(classes))
+            shares = dict(count_classes(labels[-1], len(classes)))  # of the prediction; true classes it misses get 0
+            for values in labels:
+                for index, _ in count_classes(values, len(classes)):
+                    shares.setdefault(index, 0.0)
+            present = list(shares.items())
             picture = join_with_legend(panels, titles, present, classes, palette)
             save_picture(picture, Path(runner.work_dir) / self.folder / f'{Path(sample.img_path).stem}.png')
             self._written += 1
