@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on the test data of a config: classification, segmentation or any other task.
 
-    python tools/test.py configs/vil/vil-nano_1xb64-20e_digits.py work_dirs/vil-nano_1xb64-20e_digits/epoch_20.pth
+Example: python tools/test.py configs/vil/vil-nano_1xb64-20e_digits.py work_dirs/vil-nano_1xb64-20e_digits/epoch_20.pth
 """
 
 import argparse
@@ -8,7 +8,7 @@ import argparse
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 
-from mmvil.engine import runner_config, evaluation_config
+from mmvil.engine import evaluation_config, runner_config
 from mmvil.engine.data_check import check_data_folders
 
 

@@ -1,6 +1,6 @@
 """Train a model from a config: classification, segmentation or any other task of an OpenMMLab package.
 
-    python tools/train.py configs/vil/vil-nano_1xb64-20e_digits.py
+Example: python tools/train.py configs/vil/vil-nano_1xb64-20e_digits.py
 """
 
 import argparse

@@ -28,8 +28,8 @@ class Digits(BaseDataset):
         ValueError: for another `split`.
         ImportError: without scikit-learn.
 
-    Source: scikit-learn's `load_digits`, a part of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
-    UCI Machine Learning Repository, 1998.
+    Source: scikit-learn's `load_digits`, a part of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
+    Digits, UCI Machine Learning Repository, 1998.
     """
 
     METAINFO = {'classes': tuple('0123456789')}
@@ -63,9 +63,8 @@ class Digits(BaseDataset):
             np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=self.split_seed
         )
         chosen = train if self.split == 'train' else val
-        return [
-            dict(img=np.repeat(images[i, :, :, None], 3, axis=2), gt_label=int(digits.target[i])) for i in sorted(chosen)
-        ]
+        colour = np.repeat(images[..., None], 3, axis=3)
+        return [dict(img=colour[i], gt_label=int(digits.target[i])) for i in sorted(chosen)]
 
     def extra_repr(self) -> list[str]:
         """Lines that `print` adds."""

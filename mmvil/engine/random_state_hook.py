@@ -72,15 +72,15 @@ class RandomStateHook(Hook):
             return
         if 'optimizer' not in checkpoint:
             raise ValueError(
-                'The training cannot continue from this checkpoint: it holds no optimizer state (mmengine leaves it out '
-                "of 'best_*.pth'). Resume from 'epoch_*.pth' or 'iter_*.pth', or start a new training from its weights "
-                'with load_from and resume=False.'
+                'The training cannot continue from this checkpoint: it holds no optimizer state (mmengine leaves it '
+                "out of 'best_*.pth'). Resume from 'epoch_*.pth' or 'iter_*.pth', or start a new training from its "
+                'weights with load_from and resume=False.'
             )
         state = checkpoint.get('random_state')
         if state is None:
             runner.logger.warning(
-                'The checkpoint was written without RandomStateHook: the resumed training draws other random numbers '
-                'than an uninterrupted one would.'
+                'The checkpoint was written without RandomStateHook: the resumed training draws other random '
+                'numbers than an uninterrupted one would.'
             )
             return
         self._seed, self._resumed = state['seed'], state
@@ -92,7 +92,7 @@ class RandomStateHook(Hook):
         if isinstance(loader.dataset, IterableDataset) or not hasattr(batch_sampler, 'sampler'):
             runner.logger.warning(
                 f'RandomStateHook cannot place the samples of {type(loader.dataset).__name__} with batch sampler '
-                f'{type(batch_sampler).__name__}: random numbers of data loading are not repeated by a resumed training.'
+                f'{type(batch_sampler).__name__}: a resumed training loads its data with other random numbers.'
             )
             return
         if self._sampler is None:

@@ -1,8 +1,8 @@
 """Random numbers of data loading as a function of the place of a sample in the training, not of what ran before it.
 
-A worker process that has been alive for a while cannot be put back into its random state by a resumed run. So the sampler
-hands out each index together with its place in the stream, and the data set seeds the generators from that place before
-it loads the sample. The numbers are then the same for any number of workers, and after any resume.
+A worker process that has been alive for a while cannot be put back into its random state by a resumed run. So the
+sampler hands out each index together with its place in the stream, and the data set seeds the generators from that
+place before it loads the sample. The numbers are then the same for any number of workers, and after any resume.
 """
 
 import random

@@ -42,7 +42,9 @@ class StopOnNonFiniteLossHook(Hook):
         self._bad_in_a_row = 0
         self._unread: dict[str, Any] = {}
 
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         """Check the loss values of this iteration."""
         if not outputs:
             return
@@ -77,7 +79,7 @@ class StopOnNonFiniteLossHook(Hook):
         streak = f' for {self._bad_in_a_row} iterations in a row' if self._bad_in_a_row > 1 else ''
         return (
             f'Training stopped: the loss is not finite{streak}: {bad}; iteration {runner.iter + 1} of '
-            f'{runner.max_iters}, learning rate {shown_rates}. No checkpoint was written after that. Try a lower learning '
+            f'{runner.max_iters}, learning rate {shown_rates}. Resume from an earlier checkpoint with a lower learning '
             'rate or a longer warm-up, clip the gradients (optim_wrapper.clip_grad=dict(max_norm=1.0)), use bfloat16 '
             'instead of float16, and look for NaN in the images and labels.'
         )

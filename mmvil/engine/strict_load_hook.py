@@ -4,7 +4,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
@@ -35,7 +35,9 @@ class StrictLoadHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Compare the keys and shapes of model and checkpoint, before mmengine loads them."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):  # processes, test-time augmentation
+            model = model.module
         stored = checkpoint.get('state_dict', checkpoint)
         given = {key.removeprefix('module.'): key for key, value in stored.items() if isinstance(value, Tensor)}
         own = model.state_dict()

@@ -14,7 +14,6 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-
 BATCH_SIZE = 4
 
 
@@ -169,9 +168,7 @@ def test_epoch_based_run_resumes_in_the_middle_and_at_the_end_of_an_epoch(tmp_pa
     options = dict(checkpoint=dict(by_epoch=False))
     straight = make_runner(tmp_path / 'straight', 'epoch', 3, **options)
     train(straight)
-    resumed = resume_and_compare(
-        straight, tmp_path / 'resumed', 'epoch', 3, checkpoint, 'iter_9.pth', done, **options
-    )
+    resumed = resume_and_compare(straight, tmp_path / 'resumed', 'epoch', 3, checkpoint, 'iter_9.pth', done, **options)
     assert (resumed.iter, resumed.epoch) == (9, 3)
 
 
@@ -203,7 +200,11 @@ def test_augmentation_changes_from_epoch_to_epoch_and_with_the_seed(tmp_path):
     other = make_runner(tmp_path / 'other', 'epoch', 2, num_workers=2, seed=6)
     train(other)
     noise = [
-        {index: float(image[0]) - index for indices, images in epoch for index, image in zip(indices, images, strict=True)}
+        {
+            index: float(image[0]) - index
+            for indices, images in epoch
+            for index, image in zip(indices, images, strict=True)
+        }
         for epoch in (runner.model.seen[:3], runner.model.seen[3:], other.model.seen[:3])
     ]
     values = [round(value, 5) for epoch in noise for value in epoch.values()]

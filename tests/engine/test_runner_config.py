@@ -56,7 +56,7 @@ def test_config_file_must_exist_and_be_readable(tmp_path):
     for name, text, message in [
         ('broken.py', 'model = dict(', 'cannot be read'),
         ('child.py', "_base_ = 'nobody.py'", '_base_ file'),
-        ('weights.pth', '', r"ends in \.py"),
+        ('weights.pth', '', r'ends in \.py'),
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -74,7 +74,7 @@ def test_tolerance_lets_single_iterations_pass(tmp_path):
 
 def test_tolerance_counts_iterations_in_a_row(tmp_path):
     runner = make_runner(tmp_path, dict(type='mmvil.StopOnNonFiniteLossHook', tolerance=1), bad_count=2)
-    with pytest.raises(FloatingPointError, match='2 iterations in a row.*iteration 4 of 6'):
+    with pytest.raises(FloatingPointError, match=r'2 iterations in a row.*iteration 4 of 6'):
         runner.train()
 
 
