@@ -30,7 +30,7 @@ LOGGER = logging.getLogger('ade20k_submit')
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     predict = commands.add_parser('predict', help='predict the test images and write the archive')
     predict.add_argument('config', help='segmentation config')
@@ -48,6 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             '--count', type=int, default=NUM_TEST_IMAGES, help='number of pictures, 0 for any (default: %(default)s)'
         )
+    parser.epilog = predict.format_usage() + check.format_usage()
     return parser.parse_args(arguments)
 
 

@@ -168,6 +168,8 @@ class DigitsOnPhotos(CheckedFolders, BaseSegDataset):
 
     Args:
         data_root: Folder of the data. Default: 'data/digits_on_photos'.
+        download: Write the data if it is not there; nothing is fetched from anywhere. Default: True.
+        reduce_zero_label: Whether label 0 is ignored, as the files are meant. Default: True.
         **kwargs: As for mmseg's `BaseSegDataset`; `data_prefix` chooses the split.
 
     Raises:
@@ -196,6 +198,13 @@ class DigitsOnPhotos(CheckedFolders, BaseSegDataset):
         ],
     }
 
-    def __init__(self, data_root: str = 'data/digits_on_photos', reduce_zero_label: bool = True, **kwargs) -> None:
-        write_digits_on_photos(data_root)
+    def __init__(
+        self,
+        data_root: str = 'data/digits_on_photos',
+        download: bool = True,
+        reduce_zero_label: bool = True,
+        **kwargs,
+    ) -> None:
+        if download:
+            write_digits_on_photos(data_root)
         super().__init__(data_root=data_root, reduce_zero_label=reduce_zero_label, **kwargs)

@@ -104,3 +104,9 @@ def test_dataset_shifts_the_labels(small, tmp_path):
     assert (labels[stored == 0] == 255).all()
     assert (labels[stored > 0] == stored[stored > 0] - 1).all()
     assert data.metainfo['classes'][labels[stored > 1].min()] in '0123456789'
+
+
+def test_without_download_the_data_must_be_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        DigitsOnPhotos(data_root=str(tmp_path / 'none'), download=False, data_prefix=dict(img_path='a'))
+    assert list(tmp_path.iterdir()) == []
