@@ -180,6 +180,7 @@ def digits_config(work_dir, data_root, iterations):
             'model.auxiliary_head.in_channels': 16,
             'model.auxiliary_head.channels': 8,
             'model.backbone.drop_path_rate': 0.1,
+            'model.decode_head.norm_cfg': dict(type='SyncBN'),  # becomes plain batch norm here
             'train_dataloader.batch_size': 2,
             'param_scheduler': dict(type='mmvil.WarmupCosineLR', warmup=1, eta_min=1e-6, by_epoch=False, end=4),
             'train_cfg.max_iters': iterations,
