@@ -95,7 +95,8 @@ def _draw(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _description() -> dict:
     """What the written data is made with; kept beside it to recognise other data."""
-    return {'format': FORMAT, 'image_size': IMAGE_SIZE, 'counts': COUNTS, 'seed': SEED}
+    sizes = {'image_size': IMAGE_SIZE, 'digit_size': DIGIT_SIZE, 'grid': GRID}
+    return {'format': FORMAT, **sizes, 'counts': COUNTS, 'seed': SEED}
 
 
 def write_digits_on_photos(root: str | Path) -> Path:

@@ -8,7 +8,7 @@ _base_ = ['../_base_/models/upernet_vil.py', '../_base_/runtime_seg.py']
 
 crop_size = (96, 96)
 num_classes = 11
-max_iters = 400
+max_iters = 900
 cpu_threads = 1  # the tensors are too small to share; more threads wait for each other
 norm_cfg = dict(type='BN')
 
@@ -52,7 +52,7 @@ tta_pipeline = [
 tta_model = dict(type='SegTTAModel')
 dataset = dict(type='mmvil.DigitsOnPhotos', data_root='data/digits_on_photos')
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
@@ -78,8 +78,7 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    # In so short a run 0.999 would keep the steps small for long after the large gradients of the start.
-    optimizer=dict(type='AdamW', lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(bias_decay_mult=0.0, norm_decay_mult=0.0, flat_decay_mult=0.0),
     clip_grad=dict(max_norm=1.0),
 )
