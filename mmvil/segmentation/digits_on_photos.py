@@ -18,10 +18,10 @@ from .datasets import CheckedFolders
 __all__ = ['DigitsOnPhotos', 'write_digits_on_photos']
 
 IMAGE_SIZE = 96
-DIGIT_SIZE, GRID = 40, 8  # places are multiples of the second, so a small model with patches of that size learns soon
+DIGIT_SIZE = IMAGE_SIZE // 2
 COUNTS = {'training': 800, 'validation': 120}
 SEED = 0
-FORMAT = 1  # of the written data; a folder of another format is refused
+FORMAT = 1  # of the written data, to be counted up with every change; a folder of another format is refused
 PHOTOGRAPH = 1  # label in the files; the digit d is d + 2, and 0 has no class
 # Share of ink: below the first it is photograph, from the second on digit, and between the two nobody can say.
 INK_LIMITS = (0.25, 0.5)
@@ -61,13 +61,9 @@ def _crop_photograph(photograph: np.ndarray, split: str, rng: np.random.Generato
 
 
 def _place_digits(rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Choose (top, left) of three or four digits, each somewhere in its own quarter of the picture."""
-    quarters = [(row, column) for row in (0, 1) for column in (0, 1)]
-    chosen = rng.permutation(4)[: int(rng.integers(3, 5))]
-    half = IMAGE_SIZE // 2
-    steps = (half - DIGIT_SIZE) // GRID + 1
-    offsets = GRID * rng.integers(0, steps, (4, 2))
-    return [tuple(int(half * q + o) for q, o in zip(quarters[i], offsets[i], strict=True)) for i in chosen]
+    """Choose (top, left) of three or four digits, each in its own quarter of the picture."""
+    quarters = [(row * DIGIT_SIZE, column * DIGIT_SIZE) for row in (0, 1) for column in (0, 1)]
+    return [quarters[index] for index in rng.permutation(4)[: int(rng.integers(3, 5))]]
 
 
 def _draw(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -95,8 +91,7 @@ def _draw(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _description() -> dict:
     """What the written data is made with; kept beside it to recognise other data."""
-    sizes = {'image_size': IMAGE_SIZE, 'digit_size': DIGIT_SIZE, 'grid': GRID}
-    return {'format': FORMAT, **sizes, 'counts': COUNTS, 'seed': SEED}
+    return {'format': FORMAT, 'image_size': IMAGE_SIZE, 'counts': COUNTS, 'seed': SEED}
 
 
 def write_digits_on_photos(root: str | Path) -> Path:

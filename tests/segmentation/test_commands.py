@@ -168,7 +168,7 @@ def test_zoo_entry_refuses_what_does_not_belong_together(trained, tmp_path):
 
 
 def digits_config(work_dir, data_root, iterations):
-    name = 'vil-mini_upernet_1xb8-900_digits-on-photos-96x96.py'
+    name = 'vil-mini_upernet_1xb8-500_digits-on-photos-96x96.py'
     config = Config.fromfile(str(CONFIGS / name))
     config.merge_from_dict(
         {

@@ -8,7 +8,7 @@ _base_ = ['../_base_/models/upernet_vil.py', '../_base_/runtime_seg.py']
 
 crop_size = (96, 96)
 num_classes = 11
-max_iters = 900
+max_iters = 500
 cpu_threads = 1  # the tensors are too small to share; more threads wait for each other
 norm_cfg = dict(type='BN')
 
