@@ -17,6 +17,7 @@ OPENMMLAB = [
     'onedl-mmsegmentation>=1.4.2,<1.5',
     'scikit-learn>=1.3',  # ships the handwritten digits of the embedded example
     'matplotlib>=3.7',
+    'pillow>=10.1',
     'ftfy',  # undeclared needs of mmsegmentation
     'regex',
 ]

@@ -1,0 +1,28 @@
+"""ViL-B with UperNet on ADE20K, 160,000 iterations of batch 16 on one GPU, conventional evaluation.
+
+Published with the paper's own evaluation (see the `paper-eval` config): 48.6 % mIoU single scale, 49.6 % multi-scale.
+The start is the classifier fine-tuned at 224 px: convert the official file with tools/convert_vil.py.
+"""
+
+_base_ = [
+    '../_base_/models/upernet_vil.py',
+    '../_base_/datasets/ade20k_vil.py',
+    '../_base_/schedules/ade20k_160k.py',
+    '../_base_/runtime_seg.py',
+]
+
+pretrained = 'checkpoints/vil-base_in1k-224px.pth'
+
+model = dict(
+    backbone=dict(
+        arch='base',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained, prefix='backbone.'),
+    ),
+    neck=dict(embed_dim=768),
+    decode_head=dict(in_channels=[768, 768, 768, 768], channels=384),
+    auxiliary_head=dict(in_channels=768, channels=384),
+)
+train_dataloader = dict(batch_size=16)  # on one GPU
+optim_wrapper = dict(optimizer=dict(lr=5e-4), paramwise_cfg=dict(layer_decay_rate=0.65))
+train_cfg = dict(max_iters=160000)
