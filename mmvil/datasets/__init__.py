@@ -2,5 +2,6 @@
 
 from .checked import CustomDataset, ImageNet
 from .transforms import LoadCheckedImage
+from .vtab import VTAB1K
 
-__all__ = ['CustomDataset', 'ImageNet', 'LoadCheckedImage']
+__all__ = ['VTAB1K', 'CustomDataset', 'ImageNet', 'LoadCheckedImage']
