@@ -1,6 +1,6 @@
 """Label definitions of the VTAB tasks that do not use their data set's own label. Pure functions.
 
-All bins are open at their lower and closed at their upper edge: a value that equals an edge belongs to the bin below it.
+All bins are open at their lower and closed at their upper edge: a value on an edge belongs to the bin below it.
 
 Source: VTAB (arXiv 1910.04867) and the preprocessing of google-research/task_adaptation.
 """

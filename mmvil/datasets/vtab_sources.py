@@ -153,6 +153,8 @@ class RestrictedSource:
             PermissionError: If the path belongs to another split.
         """
         parts = PurePosixPath(path).parts
+        if '..' in parts:
+            raise PermissionError(f'{path} leaves its folder')
         split = parts[0].removesuffix('.txt') if len(parts) == 1 else parts[1] if parts[0] == 'images' else path
         self.allow(split)
         return self.source.read(path)

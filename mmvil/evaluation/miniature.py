@@ -7,6 +7,7 @@ them from ever being printed as VTAB scores.
 import io
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +66,15 @@ def write_miniature(
 
 def _draw_task(task: Task, count: int, seed: int) -> tuple[list[Image.Image], list[int]]:
     """Draw the images of one task; another seed gives others."""
-    from sklearn.datasets import load_digits, load_sample_images
-
     generator = np.random.default_rng(seed)
     if task.group != 'structured':
-        digits = load_digits()
-        if count > len(digits.images):
-            raise ValueError(f'the miniature has at most {len(digits.images)} images per task, asked for {count}')
-        chosen = generator.permutation(len(digits.images))[:count]
-        images = [Image.fromarray((digits.images[index] * 15.9).astype(np.uint8)).convert('RGB') for index in chosen]
-        return images, [int(digits.target[index]) % task.num_classes for index in chosen]
-    photos = load_sample_images().images
+        digits, targets = _digits()
+        if count > len(digits):
+            raise ValueError(f'the miniature has at most {len(digits)} images per task, asked for {count}')
+        chosen = generator.permutation(len(digits))[:count]
+        images = [Image.fromarray((digits[index] * 15.9).astype(np.uint8)).convert('RGB') for index in chosen]
+        return images, [int(targets[index]) % task.num_classes for index in chosen]
+    photos = _photos()
     images, labels = [], []
     for _ in range(count):
         photo = photos[generator.integers(len(photos))]
@@ -84,6 +83,23 @@ def _draw_task(task: Task, count: int, seed: int) -> tuple[list[Image.Image], li
         images.append(Image.fromarray(photo[top : top + CROP, left : left + CROP]).resize((16, 16)))
         labels.append(int(left * task.num_classes // columns))
     return images, labels
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits of scikit-learn: values 0 to 16 of shape (N, 8, 8), and labels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+@cache
+def _photos() -> list[np.ndarray]:
+    """The two photos of scikit-learn, uint8, (427, 640, 3)."""
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images
 
 
 def _write_task(folder: Path, images: list[Image.Image], labels: list[int], sizes: dict[str, int], suffix: str) -> None:

@@ -18,9 +18,14 @@ SIZES = {'train800': 8, 'val200': 4, 'train800val200': 12, 'test': 6}
 RESIZE = dict(type='mmpretrain.Resize', scale=(16, 16), keep_ratio=False, interpolation='bicubic', backend='pillow')
 
 
+@pytest.fixture(scope='module')
+def template(tmp_path_factory):
+    return write_miniature(tmp_path_factory.mktemp('template'), ['cifar', 'kitti'], SIZES)
+
+
 @pytest.fixture
-def root(tmp_path):
-    return write_miniature(tmp_path / 'vtab-1k', ['cifar', 'kitti'], SIZES)
+def root(tmp_path, template):
+    return shutil.copytree(template, tmp_path / 'vtab-1k')
 
 
 def zip_folder(folder, archive, prefix):
@@ -93,7 +98,7 @@ def test_colours_come_in_the_order_of_mmcv():
 def test_a_truncated_image_is_refused_not_filled_with_grey():
     content = jpeg(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     for broken in (content[: len(content) // 2], content[:-200], b'', b'no image'):
-        with pytest.raises(ValueError, match='images/test/000003.jpg .line 4. is unreadable or truncated'):
+        with pytest.raises(ValueError, match=r'images/test/000003.jpg \(line 4\) is unreadable or truncated'):
             decode_image(broken, 'images/test/000003.jpg (line 4)')
 
 
@@ -195,7 +200,7 @@ def test_list_faults_stop_the_data_set_with_all_of_them(root):
 
 
 def test_unknown_names(root):
-    with pytest.raises(ValueError, match="split must be one of .* got 'val'"):
+    with pytest.raises(ValueError, match=r"split must be one of .* got 'val'"):
         VTAB1K(root, 'cifar', 'val')
     with pytest.raises(ValueError, match="unknown VTAB task 'cif'"):
         VTAB1K(root, 'cif', 'val200')
@@ -284,10 +289,16 @@ def test_other_layouts_are_explained(root, tmp_path):
 
 
 def test_closed_splits_cannot_be_read(root):
-    with pytest.raises(PermissionError, match='test of .* is closed here'):
+    with pytest.raises(PermissionError, match=r'test of .* is closed here'):
         VTAB1K(root, 'cifar', 'test', open_splits=('train800', 'val200'))
     guarded = RestrictedSource(DataRoot(root).source(TASKS['cifar']), ('train800', 'val200'))
-    for path in ('test.txt', 'images/test/000000.jpg', 'train800val200.txt', './test.txt', 'images/../test.txt'):
+    for path in (
+        'test.txt',
+        'images/test/000000.jpg',
+        'train800val200.txt',
+        'images/../test.txt',
+        'images/val200/../test/0.jpg',
+    ):
         with pytest.raises(PermissionError):
             guarded.read(path)
     assert not any('test' in name or 'train800val200' in name for name in guarded.names())

@@ -28,7 +28,7 @@ def test_clevr_distance_at_every_edge(depth, label):
 
 @pytest.mark.parametrize('depths', [[], [0.0], [-1.0], [math.nan], [math.nextafter(100.0, 200.0)]])
 def test_clevr_distance_refuses(depths):
-    with pytest.raises(ValueError, match='must be|at least one'):
+    with pytest.raises(ValueError, match=r'must be|at least one'):
         clevr_distance_label(depths)
 
 
