@@ -1,7 +1,8 @@
 """VTAB-1K as an mmpretrain data set."""
 
+import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -158,17 +159,38 @@ class VTAB1K(BaseDataset):
         Raises:
             ValueError: If the image is missing, unreadable or cut off; the message has file name and line number.
         """
-        if index in self._kept:
-            return self._kept[index]
+        return self._kept[index] if index in self._kept else self._decode(index)[0]
+
+    def read_with_hash(self, index: int) -> tuple[np.ndarray, bytes, str]:
+        """Decode an image like `read_image`, and identify its file.
+
+        Args:
+            index: Position in the list.
+
+        Returns:
+            The image; the SHA-256 of the file (of the pixels for TFDS records); 'jpeg', 'png' or 'other'.
+
+        Raises:
+            ValueError: As `read_image`.
+        """
+        if self.source.kind == 'tfds':
+            return self._kept[index], hashlib.sha256(self._kept[index].tobytes()).digest(), 'other'
+        image, content = self._decode(index)
+        return image, hashlib.sha256(content).digest(), storage_format(content)
+
+    def _decode(self, index: int) -> tuple[np.ndarray, bytes]:
+        """Read and decode a file and run the cached pipeline; returns the image and the file."""
         entry = self.entries[index]
         name = f'{self.source}: {entry.path} ({self.split}.txt line {entry.line})'
         try:
             content = self.source.read(entry.path)
         except FileNotFoundError as error:
             raise ValueError(f'{name} does not exist') from error
+        except PermissionError:
+            raise
         except OSError as error:
             raise ValueError(f'{name} is unreadable: {error}') from error
-        return self._transform_once(decode_image(content, name))
+        return self._transform_once(decode_image(content, name)), content
 
     def _transform_once(self, image: np.ndarray) -> np.ndarray:
         """Run the cached pipeline."""
@@ -224,11 +246,6 @@ class VTAB1K(BaseDataset):
         sizes = self.root.accepted_sizes(self.task, self.split)
         if len(self.entries) not in sizes:
             raise ValueError(f'{source} gave {len(self.entries)} images for {self.split}, expected {sizes}')
-
-    def iterate_bytes(self) -> Iterator[bytes]:
-        """Stored files in the order of the list; not for TFDS records."""
-        for entry in self.entries:
-            yield self.source.read(entry.path)
 
     def extra_repr(self) -> list[str]:
         """Lines that describe the data set."""
