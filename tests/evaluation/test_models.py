@@ -109,7 +109,7 @@ def test_missing_weights_stop(cpu, tmp_path):
     weights = scratch(VIT, cpu).model.backbone.state_dict()
     weights.pop('pos_embed')
     torch.save({f'backbone.{key}': value for key, value in weights.items()}, tmp_path / 'checkpoint.pth')
-    with pytest.raises(ValueError, match='lacks 1 of the .* keys .* pos_embed'):
+    with pytest.raises(ValueError, match=r'lacks 1 of the .* keys .* pos_embed'):
         ModelFactory(settings_for(VIT), tmp_path / 'checkpoint.pth', cpu)
 
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def published_optimizer(cpu):
 
 def groups_by_name(model, optimizer):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(p)]: group for group in optimizer.param_groups for p in group['params']}
+    return {names[id(p)]: group for group in optimizer.optimizer.param_groups for p in group['params']}
 
 
 def test_layer_decay_is_that_of_the_published_runs(published_optimizer):
@@ -114,8 +115,8 @@ def test_the_schedule_warms_up_over_a_tenth_and_ends_near_zero(published_optimiz
             schedule.step()
     assert max(rates) == pytest.approx(5e-4)
     assert rates.index(max(rates)) == 60
-    assert all(a < b for a, b in zip(rates[:60], rates[1:61], strict=True))
-    assert all(a > b for a, b in zip(rates[60:-1], rates[61:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:61]))
+    assert all(a > b for a, b in pairwise(rates[60:]))
     assert rates[330] == pytest.approx(2.5e-4, rel=0.01)
     assert rates[-1] < 1e-8
     assert settings.protocol.epochs * 12 == 600
@@ -124,8 +125,8 @@ def test_the_schedule_warms_up_over_a_tenth_and_ends_near_zero(published_optimiz
 def test_the_head_is_as_published(published_optimizer):
     model, *_ = published_optimizer
     assert model.head.fc.in_features == 32  # first and last token
-    assert model.head.fc.weight.abs().max() <= 2  # truncation
-    assert model.head.fc.weight.std() == pytest.approx(2e-5, rel=0.15)
+    assert model.head.fc.weight.requires_grad
+    assert model.head.fc.weight.std().item() == pytest.approx(2e-5, rel=0.15)
     assert model.head.fc.bias.abs().max() == 0
     loss = model.head.loss_module
     assert type(loss).__name__ == 'CrossEntropyLoss'
@@ -203,4 +204,4 @@ def test_drop_path_is_off_whatever_the_config_says(factory):
     backbone = factory.fresh(10, 0).backbone
     assert isinstance(backbone, VisionLSTM)
     assert STANDARD['backbone_overrides'] == {'drop_path_rate': 0.0}
-    assert backbone.blocks[-1].drop_path_rate == 0.0
+    assert [block.drop_path.rate for block in backbone.blocks] == [0.0, 0.0]
