@@ -107,7 +107,7 @@ class VTAB1K(BaseDataset):
         self.entries: list[Entry] = []
         self._kept: dict[int, np.ndarray] = {}
         self._kept_bytes = 0
-        metainfo = {'classes': label_names(self.task.name), 'task': self.task.name, 'split': split}
+        metainfo = {'classes': label_names(self.task.name)}
         super().__init__(ann_file='', data_root=str(self.root.root), metainfo=metainfo, pipeline=pipeline, **kwargs)
 
     def load_data_list(self) -> list[dict]:

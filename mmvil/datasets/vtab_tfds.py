@@ -22,7 +22,7 @@ from .vtab_labels import (
 )
 from .vtab_tasks import SPLITS, Task
 
-__all__ = ['example_to_image', 'example_to_label', 'iterate_split', 'open_builder', 'split_instructions']
+__all__ = ['example_to_image', 'example_to_label', 'iterate_split', 'open_builder', 'split_instructions', 'split_sizes']
 
 # Percentages of TFDS' training split that are train and validation, for data sets without a validation split.
 CARVED = {
@@ -85,10 +85,13 @@ def split_instructions(task: Task, num_examples: Mapping[str, int]) -> dict[str,
     missing = [name for name in needed if not num_examples.get(name)]
     if missing:
         raise ValueError(f'TFDS data for {task.name} lacks the splits {missing}, it has {dict(num_examples)}')
-    if sizes[:2] != (task.train, task.val) or sizes[2] not in task.accepted_sizes('test'):
+    published = (task.train, task.val, task.test)
+    # A revision may move an image between the splits, which then hold as many as before together.
+    is_revision = sizes[2] in task.other_test_sizes and sum(sizes) == sum(published)
+    if sizes != published and not is_revision:
         raise ValueError(
             f'TFDS data for {task.name} gives {sizes} training, validation and test images, but the task is defined on '
-            f'{(task.train, task.val, task.test)}: another version of {task.builder}? wanted is {task.versions}'
+            f'{published}: another version of {task.builder}? wanted is {task.versions}'
         )
     train800, val200 = 'train[:800]', f'{val[0]}[{val[1]}:{val[1] + 200}]'
     return {'train800': train800, 'val200': val200, 'train800val200': f'{train800}+{val200}', 'test': test}
@@ -132,12 +135,13 @@ def example_to_image(task: Task, example: Mapping[str, Any]) -> np.ndarray:
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
-def open_builder(task: Task, data_dir: str | Path) -> Any:
+def open_builder(task: Task, data_dir: str | Path, any_version: bool = False) -> Any:
     """Open the TFDS builder of a task, which neither downloads nor needs the records yet.
 
     Args:
         task: The task.
         data_dir: TFDS data folder.
+        any_version: Take the newest version that there is, even if the task is defined on another one.
 
     Returns:
         The builder.
@@ -154,25 +158,34 @@ def open_builder(task: Task, data_dir: str | Path) -> Any:
         ) from error
     name, _, config = task.builder.partition('/')
     reference = f'{name}/{config}' if config else name
+    wanted = reference if any_version else f'{reference}:{_version_pattern(task.versions)}'
     try:
-        builder = tfds.builder(f'{reference}:{_version_pattern(task.versions)}', data_dir=str(data_dir))
+        builder = tfds.builder(wanted, data_dir=str(data_dir))
     except (AssertionError, ValueError, tfds.core.DatasetNotFoundError) as error:
         raise ValueError(
             f'{task.name} is defined on {reference} version {task.versions}, which this tensorflow-datasets '
             f'({tfds.__version__}) cannot give: {error}'
         ) from error
-    if not fnmatch(str(builder.version), task.versions):
+    if not any_version and not fnmatch(str(builder.version), task.versions):
         raise ValueError(f'{task.name} is defined on {reference} {task.versions}, TFDS gave {builder.version}')
     return builder
 
 
-def iterate_split(task: Task, split: str, data_dir: str | Path) -> Iterator[tuple[np.ndarray, int]]:
+def split_sizes(builder: Any) -> dict[str, int]:
+    """Numbers of examples of a builder's splits; empty until its records are there."""
+    return {name: info.num_examples for name, info in builder.info.splits.items()}
+
+
+def iterate_split(
+    task: Task, split: str, data_dir: str | Path, any_version: bool = False
+) -> Iterator[tuple[np.ndarray, int]]:
     """Go through a list in the fixed order of TFDS.
 
     Args:
         task: The task.
         split: 'train800', 'val200', 'train800val200' or 'test'.
         data_dir: TFDS data folder with prepared records.
+        any_version: See `open_builder`.
 
     Yields:
         Image (uint8, (H, W, 3), RGB) and label.
@@ -183,10 +196,10 @@ def iterate_split(task: Task, split: str, data_dir: str | Path) -> Iterator[tupl
     """
     if split not in SPLITS:
         raise ValueError(f'split must be one of {list(SPLITS)}, got {split!r}')
-    builder = open_builder(task, data_dir)
+    builder = open_builder(task, data_dir, any_version)
     import tensorflow_datasets as tfds
 
-    instructions = split_instructions(task, {name: info.num_examples for name, info in builder.info.splits.items()})
+    instructions = split_instructions(task, split_sizes(builder))
     # One file after the other: the order is then that of the records, whatever the number of their files.
     read_config = tfds.ReadConfig(interleave_cycle_length=1)
     for part in instructions[split].split('+'):

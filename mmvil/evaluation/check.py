@@ -223,13 +223,12 @@ def _compare_lists(report: TaskReport, task: Task, lists: dict[str, list[Entry]]
 
 def _check_tfds(report: TaskReport, task: Task, source: TfdsSource) -> None:
     """Check version and sizes of TFDS records."""
-    from ..datasets.vtab_tfds import open_builder, split_instructions
+    from ..datasets.vtab_tfds import open_builder, split_instructions, split_sizes
 
     report.storage = 'TFDS'
     try:
         builder = open_builder(task, source.data_dir)
-        sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
-        for split, instruction in split_instructions(task, sizes).items():
+        for split, instruction in split_instructions(task, split_sizes(builder)).items():
             report.notes.append(f'{split} is {instruction} of {builder.info.full_name}')
     except (ImportError, ValueError) as error:
         report.faults.append(str(error))

@@ -64,6 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     smoke.add_argument('--work-dir', default='work_dirs/vtab/smoke', help='folder for data and results')
     smoke.add_argument('--config', default=str(SMOKE_CONFIG), help='config of the smoke run')
     _add_tasks(smoke)
+    prepare = commands.add_parser('prepare', help='write the standard layout from TensorFlow Datasets')
+    prepare.set_defaults(function=_prepare)
+    prepare.add_argument('root', help='folder to write')
+    prepare.add_argument(
+        '--tfds-dir', required=True, help='TFDS data folder, with manual downloads in downloads/manual'
+    )
+    _add_tasks(prepare)
+    prepare.add_argument('--format', choices=('png', 'jpeg'), default='png', help='png is lossless (default)')
+    prepare.add_argument('--any-version', action='store_true', help='accept other versions of the data sets')
+    prepare.add_argument('--no-download', action='store_true', help='use the records that are there')
     return parser
 
 
@@ -92,11 +102,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _smoke(options: argparse.Namespace) -> int:
+    import torch
+
     from .miniature import write_miniature
     from .run import run_campaign
 
     if not Path(options.config).is_file():
         raise FileNotFoundError(f'{options.config} does not exist; run from a checkout, or name a config')
+    torch.set_num_threads(1)  # images this small gain nothing from more, and lose much where cores are shared
     work_dir = Path(options.work_dir)
     start = time.perf_counter()
     root = write_miniature(work_dir / 'data')
@@ -114,6 +127,17 @@ def _smoke(options: argparse.Namespace) -> int:
     code = _summarize(options)
     print(f'SMOKE RUN finished in {time.perf_counter() - start:.0f} s; it says nothing about VTAB-1K')
     return code
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from .prepare import prepare_tasks
+
+    failures = prepare_tasks(
+        options.root, options.tfds_dir, options.tasks, options.format, options.any_version, not options.no_download
+    )
+    for task, reason in failures.items():
+        print(f'{task}: not prepared: {reason}', file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _summarize(options: argparse.Namespace) -> int:

@@ -22,6 +22,8 @@ from .training import count_correct, train_model
 
 __all__ = ['Worker', 'estimate_seconds']
 
+SECONDS_BETWEEN_TABLES = 60.0
+
 
 class Worker:
     """Works on the runs of a campaign.
@@ -61,6 +63,7 @@ class Worker:
         self.environment = describe_environment(factory.device)
         self._splits: dict[tuple[str, str], LoadedSplit] = {}
         self._durations: list[float] = []
+        self._last_table = time.monotonic()
 
     def work(self) -> int:
         """Work until every run is done, by this worker or another.
@@ -92,9 +95,9 @@ class Worker:
                         self._do(run)
                         done += 1
             if done == before:
-                if done:
-                    self._report_table()
                 return done
+            if time.monotonic() - self._last_table > SECONDS_BETWEEN_TABLES:
+                self._report_table()
 
     def _waits_in_vain(self) -> bool:
         """Whether only the final phase was asked for and tuning is incomplete, which nobody may be working on."""
@@ -150,6 +153,7 @@ class Worker:
 
     def _report_table(self) -> None:
         """Print the table of what is done."""
+        self._last_table = time.monotonic()
         self.say(format_progress(self.campaign, self.tasks))
 
 

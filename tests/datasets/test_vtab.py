@@ -121,7 +121,7 @@ def test_builds_from_a_config_with_labels_and_classes(root):
     sample = dataset[1]
     assert sample['inputs'].shape == (3, 16, 16)
     assert int(sample['data_samples'].gt_label) == dataset.labels[1]
-    assert dataset.metainfo['task'] == 'cifar'
+    assert dataset.task.name == 'cifar'
 
 
 def test_images_are_decoded_once_and_a_pipeline_cannot_spoil_them(root, monkeypatch):
