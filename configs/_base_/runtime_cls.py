@@ -11,6 +11,11 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
 )
+custom_hooks = [
+    dict(type='mmvil.RandomStateHook'),  # a resumed run equals an uninterrupted one; every device draws its own numbers
+    dict(type='mmvil.StopOnNonFiniteLossHook'),
+    dict(type='mmvil.StrictLoadHook'),  # a checkpoint that does not fit is an error, not a warning
+]
 
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -24,4 +29,4 @@ visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)
 log_level = 'INFO'
 load_from = None
 resume = False
-randomness = dict(seed=0, diff_rank_seed=True)  # every device draws its own augmentation and batch mixing
+randomness = dict(seed=0)

@@ -35,8 +35,8 @@ def check_finite(image: np.ndarray, name: str) -> None:
 class LoadCheckedImage(BaseTransform):
     """Load an image from a file, or check the one that is there already.
 
-    mmcv's `LoadImageFromFile` leaves a damaged file to its decoder, whose error does not name the file with Pillow. This one
-    does, and it decodes with Pillow as torchvision does. By default it also ignores the orientation tag as
+    mmcv's `LoadImageFromFile` leaves a damaged file to its decoder, whose error, with Pillow, names no file. This
+    one names it, and decodes with Pillow as torchvision does. By default it also ignores the orientation tag as
     torchvision does, which keeps validation images equal to those that published accuracies were measured on.
 
     Required key: `img_path`, or `img` (an array; inference tools load it themselves). Added keys: `img` (H, W, C) in

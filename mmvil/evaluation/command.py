@@ -67,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser('prepare', help='write the standard layout from TensorFlow Datasets')
     prepare.set_defaults(function=_prepare)
     prepare.add_argument('root', help='folder to write')
-    prepare.add_argument(
-        '--tfds-dir', required=True, help='TFDS data folder, with manual downloads in downloads/manual'
-    )
+    prepare.add_argument('--tfds-dir', required=True, help='TFDS data folder (manual files in downloads/manual)')
     _add_tasks(prepare)
     prepare.add_argument('--format', choices=('png', 'jpeg'), default='png', help='png is lossless (default)')
     prepare.add_argument('--any-version', action='store_true', help='accept other versions of the data sets')

@@ -37,13 +37,14 @@ def draw_summary(summary: dict, references: Sequence[str] | None = None) -> byte
     upper, lower = figure.subplots(2, 1)
     average = summary['smoke_average'] if is_smoke else summary['average']
     own_groups = [*(summary['groups'][group]['mean'] for group in GROUPS), average]
-    series = {'this campaign': own_groups}
+    own, average_name = ('smoke run', 'smoke mean') if is_smoke else ('this campaign', 'mean over 19')
+    series = {own: own_groups}
     for name in references:
         score = PUBLISHED[name]
         series[name] = [score.natural, score.specialized, score.structured, score.average]
-    _bars(upper, series, [*GROUPS, 'mean over 19'])
+    _bars(upper, series, [*GROUPS, average_name])
     with_tasks = [name for name in references if name in PUBLISHED_TASKS]
-    series = {'this campaign': [entry['mean'] for entry in summary['tasks']]}
+    series = {own: [entry['mean'] for entry in summary['tasks']]}
     series.update({name: [PUBLISHED_TASKS[name][task] for task in TASKS] for name in with_tasks})
     errors = [entry['std'] or 0.0 for entry in summary['tasks']]
     _bars(lower, series, list(TASKS), errors)
@@ -68,15 +69,13 @@ def _bars(axes, series: dict[str, list[float | None]], names: list[str], errors:
     for number, (label, values) in enumerate(series.items()):
         is_own = number == 0
         colour = OWN_COLOUR if is_own else colormaps[OTHER_COLOURS](0.25 + 0.7 * number / len(series))
-        places = [index + number * width for index, value in enumerate(values) if value is not None]
-        heights = [value for value in values if value is not None]
-        spread = (
-            [errors[index] for index, value in enumerate(values) if value is not None] if is_own and errors else None
-        )
+        shown = [index for index, value in enumerate(values) if value is not None]
+        places, heights = [index + number * width for index in shown], [values[index] for index in shown]
+        spread = [errors[index] for index in shown] if is_own and errors else None
         axes.bar(places, heights, width, yerr=spread, label=label, color=colour)
-    axes.set_xticks(
-        [index + 0.42 - width / 2 for index in range(len(names))], names, rotation=0 if len(names) < 9 else 30
-    )
+    middles = [index + 0.42 - width / 2 for index in range(len(names))]
+    tilt = {'rotation': 30, 'ha': 'right', 'rotation_mode': 'anchor'} if len(names) > 8 else {}
+    axes.set_xticks(middles, names, **tilt)
     axes.set_ylabel('top-1 %')
     axes.set_ylim(0, 100)
     axes.grid(axis='y', alpha=0.3)

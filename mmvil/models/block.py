@@ -1,6 +1,8 @@
 """The ViL layer and its pre-norm residual block."""
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ class ViLLayer(BaseModule):
         init_cfg: mmengine initialisation config.
 
     Raises:
+        TypeError: The expand_ratio is no number.
         ValueError: An option is unknown or sizes do not divide.
 
     Source: Vision-LSTM (arXiv 2406.04303) section 3 and figure 2.
@@ -57,8 +60,11 @@ class ViLLayer(BaseModule):
         init_cfg: dict | list | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        inner_dims = round(expand_ratio * embed_dims)
-        _check_layer(embed_dims, inner_dims, num_heads, qkv_block_size, conv, conv_kernel_size, mlstm_backend)
+        sizes = {'num_heads': num_heads, 'qkv_block_size': qkv_block_size}
+        _check_sizes(embed_dims=embed_dims, conv_kernel_size=conv_kernel_size, init_num_blocks=init_num_blocks, **sizes)
+        _check_choice('conv', conv, CONVOLUTIONS)
+        _check_choice('mlstm_backend', mlstm_backend, ('auto', *BACKENDS))
+        inner_dims = _inner_width(embed_dims, expand_ratio, **sizes)
         self.embed_dims, self.inner_dims, self.num_heads = embed_dims, inner_dims, num_heads
         self.reverse, self.mlstm_backend = reverse, mlstm_backend
         self.init_num_blocks = init_num_blocks
@@ -117,7 +123,13 @@ class ViLLayer(BaseModule):
 
     def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gate pre-activations, (B, NH, S) each, in at least float32 also under autocast."""
-        with torch.autocast(q.device.type, enabled=False):
+        device_type = q.device.type
+        without_autocast = (
+            torch.autocast(device_type, enabled=False)
+            if torch.amp.is_autocast_available(device_type)
+            else nullcontext()
+        )
+        with without_autocast:
             joined = torch.cat([q, k, v], dim=-1).to(self.igate.weight.dtype)
             return self.igate(joined).transpose(1, 2), self.fgate(joined).transpose(1, 2)
 
@@ -166,39 +178,35 @@ class ViLBlock(BaseModule):
         return x + self.drop_path(self.layer(self.norm(x), grid))
 
 
-def _check_layer(
-    embed_dims: int,
-    inner_dims: int,
-    num_heads: int,
-    qkv_block_size: int,
-    conv: str | None,
-    conv_kernel_size: int,
-    mlstm_backend: str,
-) -> None:
-    """Refuse options that cannot work, naming what is accepted."""
-    sizes = {
-        'embed_dims': embed_dims,
-        'num_heads': num_heads,
-        'qkv_block_size': qkv_block_size,
-        'conv_kernel_size': conv_kernel_size,
-    }
+def _check_sizes(**sizes: int) -> None:
+    """Refuse sizes that are not positive ints."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f'{name} must be a positive int, got {size!r}')
-    for name in ('num_heads', 'qkv_block_size'):
-        if inner_dims < 1 or inner_dims % sizes[name]:
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}')
+
+
+def _inner_width(embed_dims: int, expand_ratio: float, **divisors: int) -> int:
+    """Compute the inner width, which the divisors must divide."""
+    if not isinstance(expand_ratio, (int, float)):
+        raise TypeError(f'expand_ratio must be a number, got {expand_ratio!r}')
+    width = round(expand_ratio * embed_dims)
+    for name, divisor in divisors.items():
+        if width < 1 or width % divisor:
             raise ValueError(
-                f'the inner width expand_ratio * embed_dims = {inner_dims} must be a multiple of {name} = {sizes[name]}'
+                f'the inner width expand_ratio * embed_dims = {width} must be a multiple of {name} = {divisor}'
             )
-    if conv not in CONVOLUTIONS:
-        raise ValueError(f'conv must be one of {list(CONVOLUTIONS)}, got {conv!r}')
-    if mlstm_backend not in ('auto', *BACKENDS):
-        raise ValueError(f'mlstm_backend must be one of {["auto", *BACKENDS]}, got {mlstm_backend!r}')
+    return width
 
 
 def _check_tokens(x: Tensor, grid: tuple[int, int], embed_dims: int) -> None:
     """Refuse tokens that do not fit the layer or the grid."""
     if x.dim() != 3 or x.shape[-1] != embed_dims:
         raise ValueError(f'expected tokens of shape (B, S, {embed_dims}), got {tuple(x.shape)}')
-    if len(grid) != 2 or grid[0] * grid[1] != x.shape[1]:
-        raise ValueError(f'grid must be (rows, columns) with {x.shape[1]} tokens, got {tuple(grid)}')
+    if not isinstance(grid, Sequence) or len(grid) != 2 or grid[0] * grid[1] != x.shape[1]:
+        raise ValueError(f'grid must be (rows, columns) with {x.shape[1]} tokens, got {grid}')

@@ -36,8 +36,10 @@ def read_checkpoint(path: str | Path) -> dict:
     except UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f'{path} is no checkpoint of tensors and plain values: {reason}') from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read as a checkpoint, it may be truncated: {error}') from error
+    except (
+        Exception
+    ) as error:  # damaged bytes make the unpickler fail in almost any way (IndexError, struct.error, ...)
+        raise ValueError(f'{path} cannot be read as a checkpoint, it may be truncated: {error!r}') from error
     if not isinstance(content, Mapping):
         raise ValueError(f'{path} must hold a dictionary of tensors, got {type(content).__name__}')
     return dict(content)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.mlstm import autocast_is_on
+
 __all__ = [
     'BlockDiagonalLinear',
     'CausalConv1d',
@@ -15,6 +17,7 @@ __all__ = [
     'MultiHeadNorm',
     'PatchEmbed',
     'ResidualLayerNorm',
+    'check_drop_path_rate',
     'patch_grid',
     'resample_positions',
     'to_pair',
@@ -41,6 +44,19 @@ def to_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     if min(pair) < 1:
         raise ValueError(f'{name} must be positive, got {value!r}')
     return pair
+
+
+def check_drop_path_rate(rate: float) -> None:
+    """Refuse a rate that is no number from 0 (included) to 1 (excluded).
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is out of range.
+    """
+    if not isinstance(rate, (int, float)):
+        raise TypeError(f'drop_path_rate must be a number, got {rate!r}')
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate}')
 
 
 def patch_grid(size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
@@ -115,24 +131,39 @@ class PatchEmbed(nn.Module):
             (B, rows, columns, D).
 
         Raises:
-            ValueError: If the image has another number of channels or is smaller than a patch.
+            TypeError: If the image is no tensor, or its dtype is not that of the weights (under autocast: not a float).
+            ValueError: If the image has another number of channels, is smaller than a patch or on another device.
         """
+        self._check_image(image)
+        height, width = image.shape[-2:]
+        bottom, right = -height % self.patch_size, -width % self.patch_size
+        if bottom or right:
+            image = F.pad(image, (0, right, 0, bottom))
+        return self.proj(image).permute(0, 2, 3, 1)
+
+    def _check_image(self, image: Tensor) -> None:
+        """Refuse what cannot be embedded, naming what is accepted."""
+        weight = self.proj.weight
+        if not isinstance(image, Tensor):
+            raise TypeError(
+                f'expected images as one tensor (B, {self.proj.in_channels}, H, W), got {type(image).__name__}'
+            )
         if image.dim() != 4 or image.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f'expected images of shape (B, {self.proj.in_channels}, H, W), got shape {tuple(image.shape)}'
             )
         if not image.is_floating_point():
             raise TypeError(f'expected images of a floating-point dtype, got {image.dtype}')
+        if image.dtype != weight.dtype and not autocast_is_on(image.device.type):
+            raise TypeError(f'expected images of the dtype of the weights ({weight.dtype}), got {image.dtype}')
+        if image.device != weight.device:
+            raise ValueError(f'expected images on the device of the weights ({weight.device}), got {image.device}')
         height, width = image.shape[-2:]
         if height < self.patch_size or width < self.patch_size:
             raise ValueError(
                 f'images must be at least one patch ({self.patch_size} x {self.patch_size}) large, '
                 f'got {height} x {width}'
             )
-        bottom, right = -height % self.patch_size, -width % self.patch_size
-        if bottom or right:
-            image = F.pad(image, (0, right, 0, bottom))
-        return self.proj(image).permute(0, 2, 3, 1)
 
 
 class ResidualLayerNorm(nn.Module):
@@ -252,8 +283,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {rate}')
+        check_drop_path_rate(rate)
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..registry import MODELS
 from .block import ViLBlock
 from .checkpoint import load_strictly, read_checkpoint, select_prefix, unwrap_state_dict
-from .layers import PatchEmbed, ResidualLayerNorm, patch_grid, resample_positions, to_pair
+from .layers import PatchEmbed, ResidualLayerNorm, check_drop_path_rate, patch_grid, resample_positions, to_pair
 
 __all__ = ['VisionLSTM']
 
@@ -185,8 +185,8 @@ class VisionLSTM(BaseModule):
             One tensor per entry of `out_indices`, of the shape given in the class's table.
 
         Raises:
-            TypeError: If the images are not of a floating-point dtype.
-            ValueError: If the images have another number of channels or are smaller than a patch.
+            TypeError: If the images are no tensor of the weights' dtype (under autocast: of a floating-point dtype).
+            ValueError: If the images have another number of channels, are smaller than a patch or on another device.
         """
         tokens = self.patch_embed(x)
         grid = (tokens.shape[1], tokens.shape[2])
@@ -224,7 +224,7 @@ class VisionLSTM(BaseModule):
             ValueError: A pretrained checkpoint cannot be read, or lacks a key, or holds one that is unknown.
         """
         configs = [self.init_cfg] if isinstance(self.init_cfg, Mapping) else list(self.init_cfg or [])
-        pretrained = [config for config in configs if config.get('type') == 'Pretrained']
+        pretrained = [config for config in configs if config.get('type') in ('Pretrained', PretrainedInit)]
         if self.is_init or not pretrained:
             super().init_weights()
             return
@@ -251,7 +251,8 @@ class VisionLSTM(BaseModule):
             ValueError: A key is missing, unknown or of another shape.
         """
         optional = [f'blocks.{index}.' for index in range(len(self.blocks), self.num_layers)]
-        load_strictly(self, state_dict, optional=[*optional, 'norm.', 'pool_norm.', 'head.'])
+        optional += [f'{name}.' for name in ('norm', 'pool_norm') if getattr(self, name) is None]
+        load_strictly(self, state_dict, optional=[*optional, 'head.'])
 
     def train(self, mode: bool = True) -> 'VisionLSTM':
         """Set the training mode; frozen stages stay in evaluation mode."""
@@ -307,9 +308,8 @@ class VisionLSTM(BaseModule):
                 f'an arch dict needs {sorted(required)} and may have {sorted(allowed)}, got {sorted(map(str, arch))}'
             )
         settings = dict(arch)
-        num_layers = settings['num_layers']
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f'num_layers must be a positive int, got {num_layers!r}')
+        _check_positive('embed_dims', settings['embed_dims'])
+        num_layers = _check_positive('num_layers', settings['num_layers'])
         if version == 'v2' and num_layers % 2:
             raise ValueError(f'version v2 has pairs of sub-blocks: num_layers must be even, got {num_layers}')
         return settings
@@ -335,14 +335,14 @@ def _check_choice(name: str, value: object, choices: Sequence[str] | Mapping[str
 
 def _check_positive(name: str, value: int) -> int:
     """Refuse anything but a positive int."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f'{name} must be a positive int, got {value!r}')
     return value
 
 
 def _resolve_out_indices(out_indices: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Turn out_indices into distinct non-negative indices, in the caller's order."""
-    indices = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    indices = list(out_indices) if isinstance(out_indices, Sequence) else [out_indices]
     if not indices or not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):
         raise TypeError(f'out_indices must be an int or a non-empty sequence of ints, got {out_indices!r}')
     if not all(-num_layers <= index < num_layers for index in indices):
@@ -355,15 +355,14 @@ def _resolve_out_indices(out_indices: int | Sequence[int], num_layers: int) -> t
 
 def _check_frozen_stages(frozen_stages: int, num_layers: int) -> int:
     """Refuse a frozen_stages that is out of range."""
-    if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_layers:
+    if not isinstance(frozen_stages, int) or isinstance(frozen_stages, bool) or not -1 <= frozen_stages <= num_layers:
         raise ValueError(f'frozen_stages must be an int from -1 to {num_layers}, got {frozen_stages!r}')
     return frozen_stages
 
 
 def _drop_path_rates(rate: float, decay: bool, num_layers: int) -> list[float]:
     """Compute the drop path rate of each sub-block."""
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f'drop_path_rate must be in [0, 1), got {rate}')
+    check_drop_path_rate(rate)
     if not decay:
         return [rate] * num_layers
     return [rate * index / max(num_layers - 1, 1) for index in range(num_layers)]

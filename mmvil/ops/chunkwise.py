@@ -1,8 +1,6 @@
 """The mLSTM cell chunk by chunk in plain torch: linear memory, any length, any device, exportable.
 
-Inside a chunk the quadratic form is used; between chunks a state (matrix, normaliser, stabiliser) is handed on. Decays
-are summed segment by segment, never as differences of long running sums: those reach -40 * S for closed gates and would
-lose every digit in float32.
+Inside a chunk the quadratic form is used; between chunks a state (matrix, normaliser, stabiliser) is handed on.
 """
 
 import math
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import NEGLIGIBLE, divide_by_normaliser, larger, scan_order_mask
+from .reference import NEGLIGIBLE, divide_by_normaliser, larger, scan_order_mask, segment_decay
 
 __all__ = ['default_chunk_size', 'mlstm_chunkwise']
 
@@ -75,7 +73,7 @@ def mlstm_chunkwise(
     q, k, v = (x.unflatten(2, (-1, chunk)) for x in (q, k, v))  # (B, NH, NC, L, DH)
     igate, log_forget = igate.unflatten(2, (-1, chunk)), log_forget.unflatten(2, (-1, chunk))  # (B, NH, NC, L)
 
-    decay = _segment_decay(log_forget, reverse)  # (B, NH, NC, L, L)
+    decay = segment_decay(log_forget, reverse)  # (B, NH, NC, L, L)
     first, last = (-1, 0) if reverse else (0, -1)  # the first and last position of a chunk in reading order
     decay_in = decay[..., first] + log_forget[..., first, None]  # from the state before the chunk to t, (B, NH, NC, L)
     write = decay[..., last, :] + igate  # from s to the state after the chunk, (B, NH, NC, L)
@@ -93,28 +91,6 @@ def mlstm_chunkwise(
     return h[..., :length, :] if padding else h
 
 
-def _segment_decay(log_forget: Tensor, reverse: bool) -> Tensor:
-    """Sum the log forget gates between every two positions of a chunk.
-
-    Args:
-        log_forget: (..., L).
-        reverse: Reading direction.
-
-    Returns:
-        (..., L, L), [t, s]: log decay of what was written at s until it is read at t; 0 outside of the reading order.
-    """
-    length = log_forget.shape[-1]
-    index = torch.arange(length, device=log_forget.device)
-    if reverse:
-        # gates t .. s-1, summed along s
-        shifted = F.pad(log_forget[..., :-1], (1, 0))
-        steps = shifted[..., None, :].masked_fill(index[None, :] <= index[:, None], 0.0)
-        return steps.expand(*log_forget.shape, length).cumsum(-1)
-    # gates s+1 .. t, summed along t
-    steps = log_forget[..., :, None].masked_fill(index[:, None] <= index[None, :], 0.0)
-    return steps.expand(*log_forget.shape, length).cumsum(-2)
-
-
 def _scan_states(k: Tensor, v: Tensor, write: Tensor, forget: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the state that each chunk starts from.
 
@@ -128,7 +104,7 @@ def _scan_states(k: Tensor, v: Tensor, write: Tensor, forget: Tensor, reverse: b
     Returns:
         Before each chunk: matrix (B, NH, NC, DH, DH), normaliser (B, NH, NC, DH), stabiliser (B, NH, NC).
     """
-    local_maximum = write.max(-1).values
+    local_maximum = write.max(-1).values.clamp(min=NEGLIGIBLE)  # input gates may be -inf: nothing is written
     weighted = k * torch.exp(write - local_maximum[..., None])[..., None]
     local_cell = weighted.transpose(-1, -2) @ v
     local_normaliser = weighted.sum(-2)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .chunkwise import mlstm_chunkwise
 from .reference import mlstm_parallel, mlstm_recurrent
 
-__all__ = ['available_backends', 'mlstm']
+__all__ = ['autocast_is_on', 'available_backends', 'mlstm']
 
 TORCH_BACKENDS: dict[str, Callable[..., Tensor]] = {
     'recurrent': mlstm_recurrent,
@@ -69,7 +69,7 @@ def mlstm(
         >>> mlstm(q, k, v, torch.zeros(1, 4, 10), torch.full((1, 4, 10), 3.0)).shape
         torch.Size([1, 4, 10, 16])
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and autocast_is_on(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = (x.to(dtype) if _is_narrowable(x) else x for x in (q, k, v))
@@ -81,6 +81,11 @@ def mlstm(
     compute_dtype = torch.float64 if double else torch.float32
     inputs = [x.to(compute_dtype) for x in (q, k, v, igate, fgate)]
     return TORCH_BACKENDS[backend](*inputs, bool(reverse), eps).to(q.dtype)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on; asking is an error for devices that have none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _is_narrowable(x: object) -> bool:

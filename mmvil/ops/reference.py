@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['NEGLIGIBLE', 'divide_by_normaliser', 'larger', 'mlstm_parallel', 'mlstm_recurrent', 'scan_order_mask']
+__all__ = [
+    'NEGLIGIBLE',
+    'divide_by_normaliser',
+    'larger',
+    'mlstm_parallel',
+    'mlstm_recurrent',
+    'scan_order_mask',
+    'segment_decay',
+]
 
 # Stands for minus infinity where subtracting two infinities would give NaN.
 NEGLIGIBLE = -1e30
@@ -34,6 +42,31 @@ def scan_order_mask(length: int, reverse: bool, device: torch.device) -> Tensor:
     """
     index = torch.arange(length, device=device)
     return index[:, None] <= index[None, :] if reverse else index[:, None] >= index[None, :]
+
+
+def segment_decay(log_forget: Tensor, reverse: bool) -> Tensor:
+    """Sum the log forget gates between every two positions, segment by segment.
+
+    Differences of one running sum would be cheaper, but that sum reaches -1000 * S for closed gates, where float32 has
+    lost the digits of everything that comes after.
+
+    Args:
+        log_forget: (..., L).
+        reverse: Reading direction.
+
+    Returns:
+        (..., L, L), [t, s]: log decay of what was written at s until it is read at t; 0 outside of the reading order.
+    """
+    length = log_forget.shape[-1]
+    index = torch.arange(length, device=log_forget.device)
+    if reverse:
+        # gates t .. s-1, summed along s
+        shifted = F.pad(log_forget[..., :-1], (1, 0))
+        steps = shifted[..., None, :].masked_fill(index[None, :] <= index[:, None], 0.0)
+        return steps.expand(*log_forget.shape, length).cumsum(-1)
+    # gates s+1 .. t, summed along t
+    steps = log_forget[..., :, None].masked_fill(index[:, None] <= index[None, :], 0.0)
+    return steps.expand(*log_forget.shape, length).cumsum(-2)
 
 
 def divide_by_normaliser(numerator: Tensor, normaliser: Tensor, maximum: Tensor, eps: float) -> Tensor:
@@ -115,17 +148,9 @@ def mlstm_parallel(
     Source: xLSTM appendix A.3, parallel stabilised form.
     """
     length, dim = q.shape[-2:]
-    log_forget = F.logsigmoid(fgate)
-    total = log_forget.cumsum(-1)
-    if reverse:
-        # Reading backwards, step s decays over the gates of steps t .. s-1.
-        before = F.pad(total[..., :-1], (1, 0))
-        decay = before[..., None, :] - before[..., :, None]
-    else:
-        # Reading forwards, step s decays over the gates of steps s+1 .. t.
-        decay = total[..., :, None] - total[..., None, :]
+    decay = segment_decay(F.logsigmoid(fgate), reverse)
     mask = scan_order_mask(length, reverse, q.device)
     weight = (decay + igate[..., None, :]).masked_fill(~mask, -math.inf)
-    maximum = weight.max(dim=-1).values
+    maximum = weight.max(dim=-1).values.clamp(min=NEGLIGIBLE)  # input gates may be -inf: nothing is written
     attention = (q / math.sqrt(dim)) @ k.transpose(-1, -2) * torch.exp(weight - maximum[..., None])
     return divide_by_normaliser(attention @ v, attention.sum(-1), maximum, eps)
