@@ -34,9 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Describe all sub-commands."""
-    parser = argparse.ArgumentParser(prog='vtab.py', description='VTAB-1K: check, prepare, run, summarize, smoke.')
+    """Describe all sub-commands; --help shows the options of each."""
+    parser = argparse.ArgumentParser(
+        prog='vtab.py',
+        description='VTAB-1K from the check of the data to the summary of the scores.',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    _describe_data_commands(commands)
+    _describe_run_commands(commands)
+    parser.epilog = ''.join(command.format_usage() for command in commands.choices.values())
+    return parser
+
+
+def _describe_data_commands(commands: argparse._SubParsersAction) -> None:
+    """Describe `check` and `prepare`."""
     check = commands.add_parser('check', help='list every fault of the data')
     check.set_defaults(function=_check)
     check.add_argument('root', help='folder or zip with the data')
@@ -44,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument('--lists-only', action='store_true', help='do not decode images, only see that they exist')
     check.add_argument('--json', metavar='FILE', help='write the report with full hashes')
     check.add_argument('--threads', type=int, default=8, help='threads that decode (default 8)')
+    prepare = commands.add_parser('prepare', help='write the standard layout from TensorFlow Datasets')
+    prepare.set_defaults(function=_prepare)
+    prepare.add_argument('root', help='folder to write')
+    prepare.add_argument('--tfds-dir', required=True, help='TFDS data folder (manual files in downloads/manual)')
+    _add_tasks(prepare)
+    prepare.add_argument('--format', choices=('png', 'jpeg'), default='png', help='png is lossless (default)')
+    prepare.add_argument('--any-version', action='store_true', help='accept other versions of the data sets')
+    prepare.add_argument('--no-download', action='store_true', help='use the records that are there')
+
+
+def _describe_run_commands(commands: argparse._SubParsersAction) -> None:
+    """Describe `run`, `summarize` and `smoke`."""
     run = commands.add_parser('run', help='tune, train anew, test; may be started many times on one folder')
     run.set_defaults(function=_run)
     run.add_argument('--config', help='VTAB config, or any mmpretrain config with a backbone')
@@ -64,15 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     smoke.add_argument('--work-dir', default='work_dirs/vtab/smoke', help='folder for data and results')
     smoke.add_argument('--config', default=str(SMOKE_CONFIG), help='config of the smoke run')
     _add_tasks(smoke)
-    prepare = commands.add_parser('prepare', help='write the standard layout from TensorFlow Datasets')
-    prepare.set_defaults(function=_prepare)
-    prepare.add_argument('root', help='folder to write')
-    prepare.add_argument('--tfds-dir', required=True, help='TFDS data folder (manual files in downloads/manual)')
-    _add_tasks(prepare)
-    prepare.add_argument('--format', choices=('png', 'jpeg'), default='png', help='png is lossless (default)')
-    prepare.add_argument('--any-version', action='store_true', help='accept other versions of the data sets')
-    prepare.add_argument('--no-download', action='store_true', help='use the records that are there')
-    return parser
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +125,7 @@ def _smoke(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # images this small gain nothing from more, and lose much where cores are shared
     work_dir = Path(options.work_dir)
     start = time.perf_counter()
-    root = write_miniature(work_dir / 'data')
+    root = write_miniature(work_dir / 'data', options.tasks)
     run_campaign(
         work_dir / 'campaign',
         options.config,

@@ -122,10 +122,11 @@ def train_model(model: nn.Module, split: LoadedSplit, settings: Mapping, learnin
     model.train()
     steps, loss, start = 0, torch.zeros(()), _now(device)
     for _ in range(protocol['epochs']):
-        order = torch.randperm(len(split), generator=generator)
-        for indices in order[: steps_per_epoch * batch_size].split(batch_size):
-            inputs = split.images[indices.to(split.images.device)].to(device)
-            loss = _update(model, optim_wrapper, inputs, [samples[index] for index in indices.tolist()])
+        order = torch.randperm(len(split), generator=generator)[: steps_per_epoch * batch_size]
+        on_device = order.to(split.images.device)  # once per epoch: a copy per step would make the host wait
+        for indices, numbers in zip(on_device.split(batch_size), order.split(batch_size), strict=True):
+            inputs = split.images[indices].to(device)
+            loss = _update(model, optim_wrapper, inputs, [samples[number] for number in numbers.tolist()])
             for schedule in schedules:
                 schedule.step()
             steps += 1

@@ -203,3 +203,15 @@ def test_place_among_workers(environment, place):
 def test_no_campaign(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no campaign'):
         Campaign(tmp_path)
+
+
+@pytest.mark.parametrize(('split', 'num_records'), [('val200', 0), ('test', 4)])
+def test_a_truncated_image_stops_before_the_training_that_needs_it(
+    tiny_config, tiny_root, tmp_path, split, num_records
+):
+    root = shutil.copytree(tiny_root, tmp_path / 'vtab-1k')
+    image = root / f'kitti/images/{split}/000005.jpg'
+    image.write_bytes(image.read_bytes()[:-150])
+    with pytest.raises(ValueError, match=rf'{split}/000005.jpg \({split}.txt line 6\) is unreadable or truncated'):
+        start(tmp_path / 'work', tiny_config, root, [], tasks=['kitti'])
+    assert len(records_of(tmp_path / 'work')) == num_records  # tuning does not need the test images

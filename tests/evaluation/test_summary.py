@@ -148,3 +148,11 @@ def test_published_averages_are_means_over_19(tmp_path):
         assert set(scores) == set(TASKS)
         assert sum(scores.values()) / 19 == pytest.approx(averages[model], abs=0.02)
     assert STANDARD['protocol']['seeds'] == [0, 1, 2, 3, 4]
+
+
+def test_low_scores_and_revisions_are_no_faults(tmp_path):
+    make_campaign(tmp_path, ['caltech101', 'cifar'])
+    summary = summarize(tmp_path)
+    assert [PUBLISHED_TASKS[model]['cifar'] < 65 for model in PUBLISHED_TASKS] == [True] * 5
+    assert summary['tasks'][1]['mean'] == pytest.approx(51.2)
+    assert summary['remarks'] == ['Data: zip (JPEG)', 'caltech101: revision with 1,000 test images']
