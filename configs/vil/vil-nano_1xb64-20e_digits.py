@@ -1,4 +1,4 @@
-# The embedded default: a very small ViL on 1437 real images, two minutes on two CPU cores, no download.
+# The embedded default: a very small ViL on 1437 real images, a minute or two on two CPU cores, no download.
 _base_ = ['../_base_/datasets/digits_bs64.py', '../_base_/runtime_cls.py']
 
 model = dict(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 __all__ = ['draw_confusion_matrix', 'draw_training_curves', 'save_figure']
@@ -51,6 +52,7 @@ def draw_training_curves(
     _draw_metric(metric_axes, validation, metric, unit)
     for axes in (loss_axes, metric_axes, rate_axes):
         axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
     save_figure(figure, path)
@@ -92,7 +94,7 @@ def draw_confusion_matrix(matrix: Tensor, path: str, classes: Sequence[str], tit
     axes = figure.subplots()
     image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.85, label='share of the true class')
-    axes.set_title(f'{title}: {right} of {total} right ({100 * right / max(total, 1):.2f} %)', fontsize=12)
+    axes.set_title(f'{title}\n{right} of {total} right ({100 * right / max(total, 1):.2f} %)', fontsize=12)
     axes.set(xlabel='predicted class', ylabel='true class')
     if num_classes > MAX_CLASSES_WITH_NUMBERS:
         save_figure(figure, path)

@@ -1,12 +1,15 @@
 """The public mLSTM operator: argument checks and choice of the backend."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from . import custom_op
 from .chunkwise import mlstm_chunkwise
 from .reference import mlstm_parallel, mlstm_recurrent
+from .triton_launch import MAX_HEAD_DIM, choose_form, interpreting, why_not_dtype, why_not_on_device
 
 __all__ = ['autocast_is_on', 'available_backends', 'mlstm']
 
@@ -27,7 +30,8 @@ def available_backends() -> dict[str, str | None]:
     Returns:
         Backend name -> None if it is usable, else the reason why it is not.
     """
-    return {**dict.fromkeys(TORCH_BACKENDS), 'triton': _why_no_triton()}
+    reason = why_not_on_device('cpu' if interpreting() else 'cuda', None)
+    return {**dict.fromkeys(TORCH_BACKENDS), 'triton': reason}
 
 
 def mlstm(
@@ -52,7 +56,8 @@ def mlstm(
         reverse: Read the sequence from its end: equal to flipping it, running and flipping back.
         eps: Added to the denominator.
         backend: 'recurrent' (the definition), 'parallel' (quadratic), 'chunkwise' (linear memory), 'triton' (GPU
-            kernels) or 'auto', which picks by device, dtype and S.
+            kernels, DH up to 512, no float64) or 'auto', which picks by device, dtype, DH and S: the kernels on a CUDA
+            device that can run them, else plain torch.
 
     Returns:
         h, (B, NH, S, DH), in q's dtype. All five inputs get exact gradients.
@@ -75,7 +80,12 @@ def mlstm(
             q, k, v = (x.to(dtype) if _is_narrowable(x) else x for x in (q, k, v))
             return mlstm(q, k, v, igate, fgate, reverse=reverse, eps=eps, backend=backend)
     _check_arguments(q, k, v, igate, fgate, eps)
+    if custom_op.counted_form is not None:
+        return torch.ops.mmvil.mlstm_counted(q, k, v, igate, fgate, custom_op.counted_form)
     backend = _choose_backend(backend, q)
+    if backend == 'triton':
+        form = choose_form(q.shape[-2], q.shape[-1])
+        return custom_op.mlstm_triton(q, k, v, igate, fgate, bool(reverse), float(eps), form)
     # The step-by-step definition loses digits in float32 where the normaliser cancels, so it is given more of them.
     double = q.dtype == torch.float64 or (backend == 'recurrent' and q.device.type != 'mps')
     compute_dtype = torch.float64 if double else torch.float32
@@ -96,19 +106,42 @@ def _is_narrowable(x: object) -> bool:
 def _choose_backend(backend: str, q: Tensor) -> str:
     """Resolve 'auto' and refuse what cannot be used."""
     if backend == 'auto':
+        if q.is_cuda and q.shape[-1] <= MAX_HEAD_DIM and _auto_takes_triton(q.dtype, q.device.index):
+            return 'triton'
         return 'parallel' if q.shape[-2] <= PARALLEL_MAX_TOKENS else 'chunkwise'
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
-    reason = available_backends()[backend]
-    if reason is not None:
-        usable = [name for name, why in available_backends().items() if why is None]
-        raise ValueError(f'backend {backend!r} cannot be used here: {reason}. Usable here: {usable}')
+    if backend == 'triton':
+        reason = _why_not_triton(q.device.type, q.device.index, q.dtype)
+        if reason is None and q.shape[-1] > MAX_HEAD_DIM:
+            reason = f'DH must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}'
+        if reason is not None:
+            raise ValueError(
+                f"backend 'triton' cannot be used here: {reason}. Usable here: {[*TORCH_BACKENDS]} and 'auto'"
+            )
     return backend
 
 
-def _why_no_triton() -> str | None:
-    """Why the Triton backend cannot be used, or None."""
-    return 'this version of mmvil has no Triton kernels yet'
+# Asked while torch.compile traces: the answers hold for a process, so they become constants of the graph.
+@torch.compiler.assume_constant_result
+def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run these tensors, or None."""
+    return why_not_on_device(device_type, index) or why_not_dtype(dtype, device_type, index)
+
+
+@torch.compiler.assume_constant_result
+def _auto_takes_triton(dtype: torch.dtype, index: int | None) -> bool:
+    """Whether 'auto' uses the kernels; warns once per reason where a CUDA device cannot."""
+    reason = why_not_on_device('cuda', index)
+    if reason is None and dtype != torch.float64:  # float64 is for checks; nobody expects a kernel there
+        reason = why_not_dtype(dtype, 'cuda', index)
+    if reason is not None and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f'mlstm runs in plain torch: {reason}', stacklevel=2)
+    return reason is None and dtype != torch.float64
+
+
+_warned: set[str] = set()
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, eps: float) -> None:

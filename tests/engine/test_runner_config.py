@@ -108,6 +108,19 @@ def test_several_gpus_keep_amp_and_sync_bn(config):
 
 
 @pytest.mark.usefixtures('on_cpu')
+def test_cpu_threads_of_the_config_yield_to_the_environment(config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, 'set_num_threads', calls.append)
+    config.cpu_threads = 3
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    runner_config.adapt_to_device(config)
+    assert calls == []
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    assert 'torch uses 3 CPU threads' in runner_config.adapt_to_device(config)[0]
+    assert calls == [3]
+
+
+@pytest.mark.usefixtures('on_cpu')
 def test_processes_of_a_launcher_need_gpus(config):
     config.launcher = 'pytorch'
     with pytest.raises(ValueError, match='--launcher pytorch needs'):

@@ -67,7 +67,7 @@ tta_pipeline = [
 optim_wrapper = dict(type='AmpOptimWrapper', dtype='float16', optimizer=dict(type='AdamW', lr=1e-3))
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2, save_best='mIoU'),
     visualization=dict(type='SegVisualizationHook'),
 )
 custom_hooks = [

@@ -1,0 +1,394 @@
+"""Chunkwise mLSTM on Triton kernels: buffers, grids and tile sizes. Time and memory are linear in the sequence length."""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import triton_chunkwise_kernels as kernels
+
+__all__ = ['Pieces', 'Saved', 'Tiles', 'backward', 'choose_tiles', 'empty_saved', 'forward']
+
+OUTPUT, QUERY_GRADIENT, KEY_GRADIENT, VALUE_GRADIENT = range(4)
+ALIGNMENT = 8
+"""Strides that are all multiples of this many elements let the kernels use 16-byte accesses."""
+SMALLEST_PIECE = 16
+"""Tensor cores multiply nothing smaller."""
+
+
+class Pieces(NamedTuple):
+    """How DH columns are held: `split` programs with a tile of `wide` and one of `narrow` (or no) columns each."""
+
+    wide: int
+    narrow: int = 0
+    split: int = 1
+
+
+class ProductTiles(NamedTuple):
+    """Tile sizes of `product_kernel`.
+
+    Attributes:
+        depth: Channels of a state multiplied at a time.
+        pieces: Columns of the result.
+        warps: Warps of a program.
+        stages: Loads in flight.
+        registers: Most registers of a thread, None for no limit.
+    """
+
+    depth: int
+    pieces: Pieces
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+class StateTiles(NamedTuple):
+    """Tile sizes of `chunk_state_kernel`.
+
+    Attributes:
+        rows: Rows of a state, held by every program (split 1).
+        columns: Columns of a state.
+        warps: Warps of a program.
+        stages: Loads in flight.
+        registers: Most registers of a thread, None for no limit.
+    """
+
+    rows: Pieces
+    columns: Pieces
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+class ScanTiles(NamedTuple):
+    """Tile sizes of `state_scan_kernel`.
+
+    Attributes:
+        block: Elements of a state carried from chunk to chunk by one program.
+        warps: Warps of a program.
+        stages: Chunks in flight.
+    """
+
+    block: int = 1024
+    warps: int = 4
+    stages: int = 4
+
+
+class Tiles(NamedTuple):
+    """All tile sizes; every size is a power of two.
+
+    Attributes:
+        tile: Tokens of a tile.
+        chunk: Tokens between two states, a multiple of tile.
+        output: Product of the forward pass.
+        gradient: Products of the backward pass.
+        state: States of the forward pass.
+        state_gradient: States of the backward pass.
+        scan: Both scans.
+    """
+
+    tile: int
+    chunk: int
+    output: ProductTiles
+    gradient: ProductTiles
+    state: StateTiles
+    state_gradient: StateTiles
+    scan: ScanTiles = ScanTiles()
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs besides inputs and output; BH = B * NH heads, NC chunks, in reading order.
+
+    Attributes:
+        states: State before each chunk, (BH, NC, DH, DH).
+        state_normalisers: Its normaliser, float32 (BH, NC, DH).
+        gate: g - E after the own tile, as float32 and remainder, float32 (2, BH, S).
+        maximum: M - E after the own tile, likewise.
+        write: exp(g - E after the own tile), float32 (BH, S).
+        read: exp(E before the own tile - M), float32 (BH, S).
+        border: E before each tile and after the last, float64 (BH, tiles + 1).
+        stabiliser: m, float32 (BH, S).
+        normaliser: n, float32 (BH, S).
+    """
+
+    states: Tensor
+    state_normalisers: Tensor
+    gate: Tensor
+    maximum: Tensor
+    write: Tensor
+    read: Tensor
+    border: Tensor
+    stabiliser: Tensor
+    normaliser: Tensor
+
+
+def split_dim(dim: int) -> Pieces:
+    """Cover DH by one power of two, or by two where that saves a quarter: 96 = 64 + 32.
+
+    Args:
+        dim: DH, at least 1.
+
+    Returns:
+        Pieces of one program.
+    """
+    whole = max(SMALLEST_PIECE, 1 << (dim - 1).bit_length())
+    if whole >= 4 * SMALLEST_PIECE and 4 * dim <= 3 * whole:
+        return Pieces(whole // 2, whole // 4)
+    return Pieces(whole)
+
+
+def choose_tiles(dim: int, dtype: torch.dtype) -> Tiles:
+    """Pick tile sizes for DH and dtype.
+
+    Args:
+        dim: DH, 1 to 512.
+        dtype: Data type of q, k and v.
+
+    Returns:
+        Tile sizes.
+    """
+    pieces = split_dim(dim)
+    columns = Pieces(32, 0, -(-dim // 32))
+    if dtype == torch.float32:
+        product, state = ProductTiles(16, pieces, 4, 1), StateTiles(pieces, columns, 4, 1)
+        return Tiles(32, 128, product, product, state, state)
+    product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, columns, 4, 2)
+    return Tiles(64, 256, product, product, state, state)
+
+
+def empty_saved(q: Tensor, tiles: Tiles | None = None) -> Saved:
+    """Allocate what `forward` saves; shapes and dtypes alone for a meta or fake tensor.
+
+    Args:
+        q: Queries, (B, NH, S, DH).
+        tiles: Tile sizes. Default: `choose_tiles`.
+
+    Returns:
+        Tensors without content.
+    """
+    batch, heads, length, dim = q.shape
+    tiles = tiles or choose_tiles(dim, q.dtype)
+    total, chunks = batch * heads, -(-length // tiles.chunk)
+    state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    return Saved(
+        states=q.new_empty((total, chunks, dim, dim), dtype=state_dtype),
+        state_normalisers=q.new_empty((total, chunks, dim), dtype=torch.float32),
+        gate=q.new_empty((2, total, length), dtype=torch.float32),
+        maximum=q.new_empty((2, total, length), dtype=torch.float32),
+        write=q.new_empty((total, length), dtype=torch.float32),
+        read=q.new_empty((total, length), dtype=torch.float32),
+        border=q.new_empty((total, -(-length // tiles.tile) + 1), dtype=torch.float64),
+        stabiliser=q.new_empty((total, length), dtype=torch.float32),
+        normaliser=q.new_empty((total, length), dtype=torch.float32),
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    reverse: bool,
+    eps: float,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Saved]:
+    """Run the mLSTM.
+
+    Args:
+        q: Queries, (B, NH, S, DH), any strides, float32, bfloat16 or float16, DH at most 512.
+        k: Keys, like q.
+        v: Values, like q.
+        igate: Input gate pre-activations, contiguous float32 (B, NH, S).
+        fgate: Forget gate pre-activations, like igate.
+        reverse: Read the sequence from its end.
+        eps: Added to the denominator.
+        tiles: Tile sizes. Default: `choose_tiles`.
+
+    Returns:
+        h like q, and what `backward` needs.
+    """
+    tiles = tiles or choose_tiles(q.shape[-1], q.dtype)
+    h, saved = torch.empty_like(q), empty_saved(q, tiles)
+    if q.numel() == 0:
+        return h, saved
+    q, k, v = (_with_dense_rows(x) for x in (q, k, v))
+    call = _Call(q, (q, k, v, h), tiles, reverse, eps)
+    states, sums = saved.states, saved.state_normalisers
+    with call.device():
+        call.scan_gates(igate, fgate, saved)
+        call.make_states(k, v, h, states, sums, saved, None, None, None)
+        call.scan_states(states, sums, saved, None)
+        call.product(OUTPUT, q, k, v, h, q, states, sums, saved, saved.read, None, None, None)
+    return h, saved
+
+
+def backward(
+    dh: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    h: Tensor,
+    saved: tuple[Tensor, ...],
+    reverse: bool,
+    eps: float,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of `forward`'s inputs.
+
+    Args:
+        dh: Gradient of h, like h.
+        q: As given to `forward`; so are k, v, igate, fgate, reverse, eps and tiles.
+        k: See q.
+        v: See q.
+        igate: See q.
+        fgate: See q.
+        h: Result of `forward`.
+        saved: Result of `forward`.
+        reverse: See q.
+        eps: See q.
+        tiles: See q.
+
+    Returns:
+        Gradients of q, k and v in their dtype, of igate and fgate in float32.
+    """
+    tiles = tiles or choose_tiles(q.shape[-1], q.dtype)
+    saved = Saved(*saved)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    digate, dfgate = torch.empty_like(igate), torch.empty_like(fgate)
+    if q.numel() == 0:
+        return dq, dk, dv, digate, dfgate
+    q, k, v, h, dh = (_with_dense_rows(x) for x in (q, k, v, h, dh.to(q.dtype)))
+    call = _Call(q, (q, k, v, h, dh, dq, dk, dv), tiles, reverse, eps)
+    total, length, parts = call.total, call.length, tiles.state_gradient.columns.split
+    states = torch.empty_like(saved.states)
+    sums = saved.state_normalisers.new_empty((parts, *saved.state_normalisers.shape))
+    inverse, read_inverse = torch.empty_like(saved.normaliser), torch.empty_like(saved.normaliser)
+    delta = inverse.new_empty((parts, total, length))
+    query_dot, key_dot = (inverse.new_empty((tiles.gradient.pieces.split, total, length)) for _ in range(2))
+    crossing = inverse.new_empty((total, call.chunks, call.scan_blocks + 1))
+    before = saved.states, saved.state_normalisers
+    with call.device():
+        call.make_states(q, dh, h, states, sums, saved, inverse, read_inverse, delta)
+        call.scan_states(states, sums, saved, crossing)
+        call.product(QUERY_GRADIENT, dh, v, k, dq, q, *before, saved, saved.read, inverse, delta, query_dot)
+        call.product(KEY_GRADIENT, v, dh, q, dk, k, states, sums, saved, read_inverse, inverse, delta, key_dot)
+        call.product(VALUE_GRADIENT, k, q, dh, dv, v, states, sums, saved, read_inverse, inverse, delta, None)
+        call.gate_gradients(query_dot, key_dot, crossing, fgate, digate, dfgate)
+    return dq, dk, dv, digate, dfgate
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class _Call:
+    """Sizes, strides and launches that forward and backward share.
+
+    Args:
+        q: Queries, for the sizes.
+        tensors: All (B, NH, S, DH) tensors that kernels will see.
+        tiles: Tile sizes.
+        reverse: Reading direction.
+        eps: Added to the denominator.
+    """
+
+    def __init__(self, q: Tensor, tensors: tuple[Tensor, ...], tiles: Tiles, reverse: bool, eps: float):
+        batch, self.heads, self.length, self.dim = q.shape
+        self.total = batch * self.heads
+        self.chunks, self.tile_count = -(-self.length // tiles.chunk), -(-self.length // tiles.tile)
+        self.tiles, self.reverse, self.eps = tiles, bool(reverse), float(eps)
+        self.target = q.device
+        self.scale = 1 / math.sqrt(self.dim)
+        aligned = all(stride % ALIGNMENT == 0 for x in tensors for stride in _strides(x))
+        self.unit = ALIGNMENT if aligned else 1
+        tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        self.precision = 'tf32' if tf32 else 'ieee'
+        self.scan_blocks = -(-self.dim * self.dim // tiles.scan.block)
+
+    def device(self) -> contextlib.AbstractContextManager:
+        """Make the tensors' GPU the current one."""
+        return torch.cuda.device(self.target) if self.target.type == 'cuda' else contextlib.nullcontext()
+
+    def strides(self, *tensors: Tensor) -> list[int]:
+        """Strides of batch, head and row of each tensor, in the kernels' unit."""
+        return [stride // self.unit for x in tensors for stride in _strides(x)]
+
+    def scan_gates(self, igate: Tensor, fgate: Tensor, saved: Saved) -> None:
+        """Fill gate, maximum, border and stabiliser."""
+        grid, sums = (self.total * self.tile_count,), saved.border.new_empty((2, self.total, self.tile_count))
+        constants = {'TILE': self.tiles.tile, 'REVERSE': self.reverse, 'num_warps': 2}
+        kernels.gate_sum_kernel[grid](igate, fgate, sums[0], sums[1], self.length, self.tile_count, **constants)
+        kernels.gate_scan_kernel[grid](
+            igate, fgate, sums[0], sums[1], saved.gate, saved.maximum, saved.write, saved.read, saved.stabiliser,
+            saved.border, self.total, self.length, self.tile_count, **constants,
+        )  # fmt: skip
+
+    def make_states(self, x, y, h, states, sums, saved, inverse, read_inverse, delta) -> None:
+        """Each chunk's own contribution; backward (inverse given) also 1 / d and delta."""
+        is_backward = inverse is not None
+        tiles = self.tiles.state_gradient if is_backward else self.tiles.state
+        made = (inverse, read_inverse, delta) if is_backward else (saved.normaliser,) * 3
+        kernels.chunk_state_kernel[(self.total * self.chunks * tiles.columns.split,)](
+            x, y, h, states, sums, saved.write, saved.read, saved.border, saved.stabiliser, saved.normaliser,
+            *made, *self.strides(x, y, h), self.total, self.heads, self.length, self.chunks, self.eps,
+            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, CA=tiles.columns.wide, CB=tiles.columns.narrow,
+            SPLIT=tiles.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile, BACKWARD=is_backward,
+            REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision, **_options(tiles),
+        )  # fmt: skip
+
+    def scan_states(self, states, sums, saved, crossing) -> None:
+        """Turn contributions into states; backward (crossing given) from the end."""
+        tiles, is_backward = self.tiles.scan, crossing is not None
+        kernels.state_scan_kernel[(self.total * (self.scan_blocks + 1),)](
+            states, sums, saved.states, saved.state_normalisers, saved.border, crossing if is_backward else sums,
+            self.total, self.chunks, self.tile_count, PER_CHUNK=self.tiles.chunk // self.tiles.tile, STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks,
+            BLOCK=tiles.block, WIDTH=_power_of_two(self.dim),
+            PARTS=self.tiles.state_gradient.columns.split if is_backward else 1, BACKWARD=is_backward,
+            STAGES=tiles.stages, num_warps=tiles.warps,
+        )  # fmt: skip
+
+    def product(self, product, x, y, z, out, partner, states, sums, saved, read, inverse, delta, row_dot) -> None:
+        """One of the four products."""
+        tiles, inner = self.tiles.output if product == OUTPUT else self.tiles.gradient, split_dim(self.dim)
+        unused = saved.normaliser
+        kernels.product_kernel[(self.total * self.tile_count * tiles.pieces.split,)](
+            x, y, z, out, partner, states, sums, saved.gate, saved.maximum, saved.write, read, saved.border,
+            saved.stabiliser, saved.normaliser, unused if inverse is None else inverse,
+            unused if delta is None else delta, unused if row_dot is None else row_dot,
+            *self.strides(x, y, z, out, partner), self.total, self.heads, self.length, self.chunks, self.scale,
+            self.eps, DH=self.dim, KA=inner.wide, KB=inner.narrow,
+            CA=tiles.pieces.wide, CB=tiles.pieces.narrow, SPLIT=tiles.pieces.split,
+            DELTAS=self.tiles.state_gradient.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile,
+            BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision,
+            **_options(tiles),
+        )  # fmt: skip
+
+    def gate_gradients(self, query_dot, key_dot, crossing, fgate, digate, dfgate) -> None:
+        """Gradients of both gates from the row products."""
+        kernels.gate_gradient_kernel[(self.total * self.chunks,)](
+            query_dot, key_dot, crossing, fgate, digate, dfgate, self.total, self.length, self.chunks, self.scale,
+            SPLIT=self.tiles.gradient.pieces.split, BLOCKS=self.scan_blocks, WIDTH=_power_of_two(self.scan_blocks + 1),
+            CHUNK=self.tiles.chunk, REVERSE=self.reverse, num_warps=4,
+        )  # fmt: skip
+
+
+def _options(tiles: ProductTiles | StateTiles) -> dict[str, int]:
+    """Compiler options of a kernel."""
+    limit = {} if tiles.registers is None else {'maxnreg': tiles.registers}
+    return {'num_warps': tiles.warps, 'num_stages': tiles.stages, **limit}
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides of batch, head and row; 0 where there is one only, since such strides mean nothing."""
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()

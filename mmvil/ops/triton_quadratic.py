@@ -1,0 +1,220 @@
+"""Launchers of the quadratic Triton mLSTM: buffers, grids and tile settings. Works on tensors, knows no autograd."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_quadratic_kernels as kernels
+from .triton_launch import (
+    DeviceLimits,
+    Tiles,
+    device_limits,
+    dot_precision,
+    empty_rows_like,
+    fitting_tiles,
+    head_pieces,
+    launch_first_fitting,
+    log_scale,
+    row_alignment,
+    row_strides,
+    rows_contiguous,
+)
+
+__all__ = ['backward', 'empty_saved', 'forward', 'tile_candidates']
+
+STATS_PLANES = 7
+ROW_PLANES = 5
+BLOCK = 64
+SCAN_SPAN = 256
+
+# Fastest first, by kernel and largest DA + DB, measured on one H100 (benchmarks/results/mlstm_tiles_h100.json). The
+# last entry of each list is the smallest and fits every card with 64 KiB of shared memory a program.
+HALF_TILES: dict[str, dict[int, list[Tiles]]] = {
+    'forward': {
+        128: [Tiles(64, 32, 4, 3, 16, 128), Tiles(64, 32, 4, 2, 16, 128), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3, 16), Tiles(64, 32, 4, 2, 16), Tiles(64, 16, 4, 2, 16), Tiles(16, 16, 4, 1)],
+        512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2, 16), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+    },
+    'query': {
+        128: [Tiles(64, 32, 4, 2, 16, 128), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3, 16), Tiles(64, 32, 4, 2, 16), Tiles(64, 16, 4, 2, 16), Tiles(16, 16, 4, 1)],
+        512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2, 16), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+    },
+    'key': {
+        128: [Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+        512: [Tiles(64, 32, 8, 3), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+    },
+    'value': {
+        128: [Tiles(64, 32, 4, 3, 0, 128), Tiles(64, 32, 4, 2, 0, 128), Tiles(16, 16, 4, 1)],
+        256: [Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+        512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+    },
+}
+# IEEE float32 products run on the plain cores: small tiles keep operands in registers.
+FLOAT_TILES: dict[int, list[Tiles]] = {
+    128: [Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)],
+    512: [Tiles(16, 16, 4, 1)],
+}
+# dk and dv in one kernel read q and dh once but hold two accumulators; above this many columns they are two launches.
+JOINT_KEY_COLUMNS = 128
+
+
+@functools.lru_cache(maxsize=64)
+def tile_candidates(kernel: str, head_dim: int, item_size: int, limits: DeviceLimits) -> list[Tiles]:
+    """Tile settings for one kernel on one device, fastest first.
+
+    Args:
+        kernel: 'forward', 'query' (dq), 'key' (dk, or dk and dv) or 'value' (dv).
+        head_dim: DH.
+        item_size: Bytes per element of q.
+        limits: The device's limits.
+
+    Returns:
+        At least one setting.
+    """
+    columns = sum(head_pieces(head_dim))
+    table = FLOAT_TILES if item_size == 4 else HALF_TILES[kernel]
+    candidates = next(tiles for limit, tiles in sorted(table.items()) if columns <= limit)
+    held = 2 if kernel == 'key' else 1
+
+    def bytes_needed(tiles: Tiles) -> int:
+        return columns * item_size * (held * tiles.rows + 2 * tiles.stages * tiles.columns)
+
+    return fitting_tiles(candidates, bytes_needed, limits)
+
+
+def empty_saved(q: Tensor) -> tuple[Tensor]:
+    """Allocate what the forward pass keeps for the backward pass besides inputs and h.
+
+    Args:
+        q: Queries, (B, NH, S, DH).
+
+    Returns:
+        One float32 tensor (7, B, NH, S rounded up to 64): scans and statistics of each row, in reading order.
+    """
+    batch, heads, length = q.shape[:3]
+    return (q.new_empty((STATS_PLANES, batch, heads, -(-length // BLOCK) * BLOCK), dtype=torch.float32),)
+
+
+def _shared_constants(q: Tensor, alignment: int) -> dict[str, object]:
+    """Compile-time arguments that every kernel here takes."""
+    first, second = head_pieces(q.shape[-1])
+    return {'DH': q.shape[-1], 'DA': first, 'DB': second, 'ALIGN': alignment, 'PRECISION': dot_precision(q.dtype)}
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, eps: float,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """Run the quadratic mLSTM.
+
+    Args:
+        q: Queries, (B, NH, S, DH), any strides; float32, bfloat16 or float16.
+        k: Keys, like q.
+        v: Values, like q.
+        igate: Input gate pre-activations, (B, NH, S), float32, contiguous.
+        fgate: Forget gate pre-activations, (B, NH, S), float32, contiguous.
+        reverse: Read the sequence from its end.
+        eps: Added to the denominator.
+        tiles: Tile settings; default: the table's.
+
+    Returns:
+        h, (B, NH, S, DH) in q's dtype, and the tensors that `backward` wants.
+    """
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    batch, heads, length, dim = q.shape
+    h, (stats,) = empty_rows_like(q), empty_saved(q)
+    if q.numel() == 0:
+        return h, (stats,)
+    sign = int(reverse)
+    pitch = triton.cdiv(length, BLOCK)
+    plane = batch * heads * pitch
+    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, SPAN=SCAN_SPAN)
+    alignment = row_alignment(q, k, v, h)
+    strides = row_strides(alignment, q, k, v, h)
+    constants = _shared_constants(q, alignment)
+
+    def launch(tiles: Tiles) -> object:
+        grid = (batch * heads * triton.cdiv(length, tiles.rows),)
+        return kernels.quadratic_forward_kernel[grid](
+            q, k, v, h, stats, *strides, length, heads, pitch, plane, sign, log_scale(dim), eps, **constants,
+            BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
+        )  # fmt: skip
+
+    candidates = (
+        tile_candidates('forward', dim, q.element_size(), device_limits(q.device)) if tiles is None else [tiles]
+    )
+    launch_first_fitting(candidates, launch)
+    return h, (stats,)
+
+
+def backward(
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, h: Tensor, saved: tuple[Tensor, ...],
+    reverse: bool, eps: float, query_tiles: Tiles | None = None, key_tiles: Tiles | None = None,
+    joint: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Exact gradients of `forward`, the normaliser's included.
+
+    Args:
+        dh: Gradient of h, (B, NH, S, DH), any strides, q's dtype.
+        q: As in `forward`, like the next four.
+        k: Keys.
+        v: Values.
+        igate: Input gate pre-activations.
+        fgate: Forget gate pre-activations.
+        h: Output of `forward`.
+        saved: Second output of `forward`.
+        reverse: As in `forward`.
+        eps: As in `forward`.
+        query_tiles: Tile settings of the dq kernel; default: the table's.
+        key_tiles: Tile settings of the dk / dv kernel; default: the table's.
+        joint: Whether dk and dv share a kernel; default: by DH.
+
+    Returns:
+        dq, dk, dv in q's dtype and digate, dfgate, (B, NH, S) float32.
+    """
+    dh, q, k, v = (rows_contiguous(x) for x in (dh, q, k, v))
+    (stats,) = saved
+    dq, dk, dv = (empty_rows_like(x) for x in (q, k, v))
+    digate, dfgate = torch.empty_like(igate), torch.empty_like(fgate)
+    if q.numel() == 0:
+        return dq, dk, dv, digate, dfgate
+    batch, heads, length, dim = q.shape
+    sign = int(reverse)
+    pitch = triton.cdiv(length, BLOCK)
+    plane = batch * heads * pitch
+    rows = stats.new_empty((ROW_PLANES, *stats.shape[1:]))
+    alignment = row_alignment(q, k, v, h, dh, dq, dk, dv)
+    constants = _shared_constants(q, alignment)
+    limits = device_limits(q.device)
+
+    def launch_query(tiles: Tiles) -> object:
+        grid = (batch * heads * triton.cdiv(length, tiles.rows),)
+        return kernels.query_gradient_kernel[grid](
+            k, v, h, dh, dq, stats, rows, *row_strides(alignment, k, v, h, dh, dq),
+            length, heads, pitch, plane, sign, log_scale(dim), eps, **constants,
+            BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
+        )  # fmt: skip
+
+    def launch_key(with_k: bool, with_v: bool, tiles: Tiles) -> object:
+        grid = (batch * heads * triton.cdiv(length, tiles.rows),)
+        return kernels.key_gradient_kernel[grid](
+            q, k, v, dh, dk, dv, stats, rows, *row_strides(alignment, q, k, v, dh, dk, dv),
+            length, heads, pitch, plane, sign, log_scale(dim), WITH_K=with_k, WITH_V=with_v, **constants,
+            BM=tiles.rows, BN=tiles.columns, **tiles.options(),
+        )  # fmt: skip
+
+    candidates = tile_candidates('query', dim, q.element_size(), limits) if query_tiles is None else [query_tiles]
+    launch_first_fitting(candidates, launch_query)
+    joint = constants['DA'] + constants['DB'] <= JOINT_KEY_COLUMNS if joint is None else joint
+    for with_k, with_v in [(True, True)] if joint else [(True, False), (False, True)]:
+        name = 'key' if with_k else 'value'
+        candidates = tile_candidates(name, dim, q.element_size(), limits) if key_tiles is None else [key_tiles]
+        launch_first_fitting(candidates, functools.partial(launch_key, with_k, with_v))
+    kernels.gate_gradient_kernel[(batch * heads,)](
+        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=SCAN_SPAN
+    )
+    return dq, dk, dv, digate, dfgate

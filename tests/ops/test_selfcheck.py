@@ -1,0 +1,79 @@
+"""The self-check finds what is wrong and survives what crashes."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from mmvil.ops import selfcheck
+from mmvil.ops.custom_op import FORMS
+
+CPU = torch.device('cpu')
+HEALTHY = json.dumps({'errors': dict.fromkeys(selfcheck.NAMES, 0.0)})
+
+
+@pytest.fixture(autouse=True)
+def without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+
+
+def test_torch_backends_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    assert selfcheck.main([]) == 0
+    output = capsys.readouterr().out
+    assert output.count('  ok ') == 12
+    assert '--    triton: there is no CUDA device' in output
+
+
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    right = selfcheck.mlstm
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, *rest: torch.Tensor, **options: object) -> torch.Tensor:
+        return right(q, k + 1e-3 * (k - k.detach()), *rest, **options)
+
+    monkeypatch.setattr(selfcheck, 'mlstm', wrong)
+    assert selfcheck.main([]) == 1
+    assert 'wrong: dk' in capsys.readouterr().out
+
+
+def test_a_result_that_is_not_finite_is_wrong() -> None:
+    case = selfcheck.cases('parallel', CPU)[0]
+    passed, line = selfcheck.verdict(case, dict.fromkeys(selfcheck.NAMES, float('nan')))
+    assert not passed
+    assert 'wrong' in line
+
+
+def test_a_crash_is_reported_and_survived(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+
+    def command(number: int) -> list[str]:
+        action = 'import os; os._exit(11)' if number == 1 else f'print("noise"); print({HEALTHY!r})'
+        return [sys.executable, '-c', action]
+
+    monkeypatch.setattr(selfcheck, 'child_command', command)
+    assert selfcheck.main([]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if ' triton ' in line]
+    assert len(lines) == len(selfcheck.cases('triton', CPU))
+    assert [number for number, line in enumerate(lines) if 'WRONG' in line] == [1]
+    assert 'code 11' in lines[1]
+
+
+def test_a_hanging_compiler_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        selfcheck, 'child_command', lambda number: [sys.executable, '-c', 'import time; time.sleep(60)']
+    )
+    monkeypatch.setattr(selfcheck, 'CHILD_SECONDS', 0.5)
+    (result,) = selfcheck.check_in_children(1)
+    assert 'not finished' in result['failure']
+
+
+def test_triton_cases_cover_both_forms_and_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    found = selfcheck.cases('triton', CPU)
+    assert {case.form for case in found} == set(FORMS)
+    assert {case.dtype for case in found} == {'float16', 'float32'}  # the interpreter computes bfloat16 wrongly
+    case = selfcheck.Case('triton', 'quadratic', 'float32', 20, 24, True)
+    passed, line = selfcheck.verdict(case, selfcheck.check(case, CPU))
+    assert passed, line

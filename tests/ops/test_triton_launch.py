@@ -1,0 +1,106 @@
+"""What the launchers decide before a kernel runs."""
+
+import pytest
+import torch
+
+from mmvil.ops.triton_launch import (
+    DeviceLimits,
+    Tiles,
+    choose_form,
+    dot_precision,
+    empty_rows_like,
+    fitting_tiles,
+    head_pieces,
+    launch_first_fitting,
+    row_alignment,
+    row_strides,
+    rows_contiguous,
+)
+
+from .util import tf32_allowed
+
+
+@pytest.mark.parametrize(
+    ('dim', 'pieces'),
+    [
+        (1, (16, 0)),
+        (20, (32, 0)),
+        (64, (64, 0)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (100, (128, 0)),
+        (192, (128, 64)),
+        (384, (256, 128)),
+        (512, (512, 0)),
+    ],
+)
+def test_head_pieces(dim: int, pieces: tuple[int, int]) -> None:
+    assert head_pieces(dim) == pieces
+
+
+def test_all_head_sizes_are_covered_by_powers_of_two() -> None:
+    for dim in range(1, 513):
+        first, second = head_pieces(dim)
+        assert first + second >= dim
+        assert first & (first - 1) == 0
+        assert second & (second - 1) == 0
+
+
+def test_alignment_and_strides() -> None:
+    x = torch.empty(2, 3, 5, 96)
+    assert row_alignment(x) == 8
+    assert row_strides(8, x) == [3 * 5 * 12, 5 * 12, 12]
+    assert row_alignment(x, torch.empty(2, 3, 5, 20)) == 4
+    assert row_alignment(torch.empty(1, 1, 4, 7)) == 1
+
+
+def test_rows_are_copied_only_if_they_have_gaps() -> None:
+    x = torch.empty(2, 5, 3, 16)
+    assert rows_contiguous(x.transpose(1, 2)).data_ptr() == x.data_ptr()
+    assert rows_contiguous(x.transpose(2, 3)).stride(-1) == 1
+
+
+def test_buffers_keep_the_order_of_heads_and_tokens() -> None:
+    x = torch.empty(2, 5, 3, 16)
+    assert empty_rows_like(x).is_contiguous()
+    assert empty_rows_like(x.transpose(1, 2)).transpose(1, 2).is_contiguous()
+
+
+def test_tiles_follow_the_shared_memory() -> None:
+    candidates = [Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1)]
+
+    def needed(tiles: Tiles) -> int:
+        return tiles.rows * 1024
+
+    for size, expected in ((200 * 1024, 3), (100 * 1024, 2), (20 * 1024, 1), (1024, 1)):
+        fitting = fitting_tiles(candidates, needed, DeviceLimits((9, 0), size, 1))
+        assert fitting == candidates[-expected:]
+
+
+def test_a_kernel_that_needs_too_much_is_launched_smaller() -> None:
+    errors = pytest.importorskip('triton.runtime.errors')
+    candidates = [Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1)]
+    tried = []
+
+    def launch(tiles: Tiles) -> None:
+        tried.append(tiles)
+        if tiles.rows > 20:
+            raise errors.OutOfResources(2, 1, 'shared memory')
+
+    assert launch_first_fitting(candidates, launch) == candidates[-1]
+    assert tried == candidates
+    with pytest.raises(errors.OutOfResources):
+        launch_first_fitting(candidates[:1], launch)
+
+
+def test_float32_products_follow_the_tf32_switch() -> None:
+    assert dot_precision(torch.float32) == 'ieee'
+    with tf32_allowed():
+        assert dot_precision(torch.float32) == 'tf32'
+        assert dot_precision(torch.bfloat16) == 'ieee'
+
+
+@pytest.mark.parametrize('dim', [1, 96, 192, 384, 512])
+def test_short_sequences_are_quadratic_and_long_ones_chunkwise(dim: int) -> None:
+    assert choose_form(196, dim) == 'quadratic'
+    assert choose_form(65536, dim) == 'chunkwise'
