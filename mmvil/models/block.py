@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import mlstm
 from ..ops.mlstm import BACKENDS
+from .fused import run_fused, say_once, why_not_fused
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 
 __all__ = ['ViLBlock', 'ViLLayer']
@@ -33,6 +34,7 @@ class ViLLayer(BaseModule):
         proj_bias: Whether the up, down, query, key and value projections have biases.
         norm_bias: Whether the head norm has a bias.
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
+        fused: Let `ViLBlock` run on fused kernels where a GPU can. Experimental: see `VisionLSTM`.
         init_num_blocks: Sub-blocks that the initial scale of the down-projection is divided by. The published models
             were started with 1.
         init_cfg: mmengine initialisation config.
@@ -56,6 +58,7 @@ class ViLLayer(BaseModule):
         proj_bias: bool = True,
         norm_bias: bool = True,
         mlstm_backend: str = 'auto',
+        fused: bool = False,
         init_num_blocks: int = 1,
         init_cfg: dict | list | None = None,
     ) -> None:
@@ -66,7 +69,7 @@ class ViLLayer(BaseModule):
         _check_choice('mlstm_backend', mlstm_backend, ('auto', *BACKENDS))
         inner_dims = _inner_width(embed_dims, expand_ratio, **sizes)
         self.embed_dims, self.inner_dims, self.num_heads = embed_dims, inner_dims, num_heads
-        self.reverse, self.mlstm_backend = reverse, mlstm_backend
+        self.reverse, self.mlstm_backend, self.fused = reverse, mlstm_backend, fused
         self.init_num_blocks = init_num_blocks
 
         self.proj_up = nn.Linear(embed_dims, 2 * inner_dims, bias=proj_bias)
@@ -175,6 +178,12 @@ class ViLBlock(BaseModule):
         Returns:
             (B, S, D).
         """
+        if x.is_cuda and self.layer.fused:
+            reason = why_not_fused(self, x)
+            if reason is None:
+                _check_tokens(x, grid, self.layer.embed_dims)
+                return run_fused(self, x, grid)
+            say_once(reason)
         return x + self.drop_path(self.layer(self.norm(x), grid))
 
 

@@ -288,10 +288,14 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (B, ...) with the branches of some samples set to zero."""
+        factors = self.factors(x)
+        return x if factors is None else x * factors.view(-1, *[1] * (x.dim() - 1))
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """Draw what the branch of each sample is multiplied by, (B,) in x's dtype; None if nothing is dropped."""
         if self.rate == 0.0 or not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1.0 - self.rate)
-        return x * (keep / (1.0 - self.rate))
+            return None
+        return x.new_empty(x.shape[0]).bernoulli_(1.0 - self.rate) / (1.0 - self.rate)
 
     def extra_repr(self) -> str:
         """Show the rate when the module is printed."""

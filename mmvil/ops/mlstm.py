@@ -11,7 +11,7 @@ from .chunkwise import mlstm_chunkwise
 from .reference import mlstm_parallel, mlstm_recurrent
 from .triton_launch import MAX_HEAD_DIM, choose_form, interpreting, why_not_dtype, why_not_on_device
 
-__all__ = ['autocast_is_on', 'available_backends', 'mlstm']
+__all__ = ['autocast_is_on', 'available_backends', 'mlstm', 'why_not_triton']
 
 TORCH_BACKENDS: dict[str, Callable[..., Tensor]] = {
     'recurrent': mlstm_recurrent,
@@ -112,7 +112,7 @@ def _choose_backend(backend: str, q: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}")
     if backend == 'triton':
-        reason = _why_not_triton(q.device.type, q.device.index, q.dtype)
+        reason = why_not_triton(q.device.type, q.device.index, q.dtype)
         if reason is None and q.shape[-1] > MAX_HEAD_DIM:
             reason = f'DH must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}'
         if reason is not None:
@@ -124,7 +124,7 @@ def _choose_backend(backend: str, q: Tensor) -> str:
 
 # Asked while torch.compile traces: the answers hold for a process, so they become constants of the graph.
 @torch.compiler.assume_constant_result
-def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+def why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run these tensors, or None."""
     return why_not_on_device(device_type, index) or why_not_dtype(dtype, device_type, index)
 

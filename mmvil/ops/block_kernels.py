@@ -1,0 +1,727 @@
+"""Device code around the mLSTM cell of a ViL block: norm, convolution with projections and gates, gated output.
+
+Names, all in the kernels' own units (a token is one row of S, a channel one column of E):
+
+    x        (B, S, D)       residual stream
+    a, z     (B, S, E)       halves of the up-projection, rows 2E apart
+    conv     (E, taps)       depthwise weights, already turned for the reading direction
+    c        (B, S, E)       SiLU(conv(a) + bias)
+    q, k, v  (B, S, E)       block-diagonal projections of c, c and a; blocks of QB x QB
+    gate     (parts, 2, B, NH, S)   partial sums of the input and forget gates, one part per block of BC channels
+    h        (B, NH, S, DH)  output of the cell
+    y        (B, S, E)       (norm(h) + skip * c) * SiLU(z)
+
+Tokens are walked in strips: a strip is BW columns of the grid by ROWS rows. A causal 1-D convolution walks the sequence
+as rows of GW = BW tokens. Sums over tokens are written per program and added up outside, so results do not depend on
+the order in which programs run. Equations: sections 4 and 5 of docs/mlstm.md.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    'conv1d_backward_kernel',
+    'conv2d_backward_kernel',
+    'finish_kernel',
+    'layer_norm_backward_kernel',
+    'layer_norm_kernel',
+    'mix_backward_kernel',
+    'mix_kernel',
+    'output_backward_kernel',
+    'output_kernel',
+    'prepare_kernel',
+]
+
+
+@triton.jit
+def layer_norm_kernel(
+    x_ptr, w_ptr, b_ptr, out_ptr, rows, D, eps, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
+    """out = (x - mean) * rstd * (1 + w) + b, BM rows per program."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = tl.arange(0, BD)
+    mask = (row < rows)[:, None] & (col < D)[None, :]
+    place = row.to(tl.int64)[:, None] * D + col[None, :]
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    w = tl.load(w_ptr + col, mask=col < D, other=0.0).to(tl.float32) + 1.0
+    out = centred * rstd[:, None] * w[None, :]
+    if HAS_BIAS:
+        out += tl.load(b_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    x_ptr, w_ptr, dn_ptr, dout_ptr, branch_ptr, dx_ptr, sums_ptr, rows, D, eps, steps,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dx = dout + norm'(dn); sums over the rows: dn * normalised, dn, and the branch's gradient for its bias."""
+    program = tl.program_id(0)
+    col = tl.arange(0, BD)
+    w = tl.load(w_ptr + col, mask=col < D, other=0.0).to(tl.float32) + 1.0
+    dw = tl.zeros((BD,), tl.float32)
+    db = tl.zeros((BD,), tl.float32)
+    dbranch = tl.zeros((BD,), tl.float32)
+    for step in range(steps):
+        row = (program * steps + step) * BM + tl.arange(0, BM)
+        mask = (row < rows)[:, None] & (col < D)[None, :]
+        place = row.to(tl.int64)[:, None] * D + col[None, :]
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(x, 1) / D
+        centred = tl.where(mask, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+        normalised = centred * rstd[:, None]
+        dn = tl.load(dn_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dw += tl.sum(dn * normalised, 0)
+        db += tl.sum(dn, 0)
+        g = dn * w[None, :]
+        dx = rstd[:, None] * (g - (tl.sum(g, 1) / D)[:, None] - normalised * (tl.sum(g * normalised, 1) / D)[:, None])
+        dx += tl.load(dout_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dbranch += tl.sum(tl.load(branch_ptr + place, mask=mask, other=0.0).to(tl.float32), 0)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += program * 3 * D + col
+    tl.store(sums_ptr, dw, mask=col < D)
+    tl.store(sums_ptr + D, db, mask=col < D)
+    tl.store(sums_ptr + 2 * D, dbranch, mask=col < D)
+
+
+@triton.jit
+def _token(row, col, GW, S, GH):
+    """Place of grid cell (row, col) in the sequence, and whether there is one."""
+    t = row * GW + col
+    return t, (row >= 0) & (row < GH) & (col >= 0) & (col < GW) & (t < S)
+
+
+@triton.jit
+def _load_cell(ptr, stride, row, col, channel, GW, S, GH, E):
+    """Tile (BW, BC) of a token-major tensor at grid cells (row, col), zero outside of the grid."""
+    t, valid = _token(row, col, GW, S, GH)
+    return tl.load(
+        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :],
+        mask=valid[:, None] & (channel < E)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_shifted(ptr, stride, t, channel, S, E):
+    """Tile (BW, BC) of a token-major tensor at places t, zero outside of the sequence."""
+    valid = (t >= 0) & (t < S)
+    return tl.load(
+        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :],
+        mask=valid[:, None] & (channel < E)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_row(ptr, stride, row, col, channel, GW, S, GH, E):
+    """Tiles of a grid row at columns col - 1, col and col + 1."""
+    left = _load_cell(ptr, stride, row, col - 1, channel, GW, S, GH, E)
+    middle = _load_cell(ptr, stride, row, col, channel, GW, S, GH, E)
+    right = _load_cell(ptr, stride, row, col + 1, channel, GW, S, GH, E)
+    return left, middle, right
+
+
+@triton.jit
+def _load_four(ptr, stride, t, first, channel, S, E):
+    """Tiles at the four successive places that a causal convolution sees, float32."""
+    t0 = _load_shifted(ptr, stride, t + first, channel, S, E).to(tl.float32)
+    t1 = _load_shifted(ptr, stride, t + first + 1, channel, S, E).to(tl.float32)
+    t2 = _load_shifted(ptr, stride, t + first + 2, channel, S, E).to(tl.float32)
+    t3 = _load_shifted(ptr, stride, t + first + 3, channel, S, E).to(tl.float32)
+    return t0, t1, t2, t3
+
+
+@triton.jit
+def _weigh3(x0, x1, x2, w0, w1, w2):
+    """One row of a 3 x 3 convolution, float32."""
+    return x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2
+
+
+@triton.jit
+def _tap(w_ptr, channel, E, TAPS: tl.constexpr, i: tl.constexpr):
+    """Weight of tap i, (1, BC) float32."""
+    return tl.load(w_ptr + channel * TAPS + i, mask=channel < E, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _taps4(w_ptr, channel, E):
+    """The four taps of a causal convolution."""
+    return (
+        _tap(w_ptr, channel, E, 4, 0),
+        _tap(w_ptr, channel, E, 4, 1),
+        _tap(w_ptr, channel, E, 4, 2),
+        _tap(w_ptr, channel, E, 4, 3),
+    )
+
+
+@triton.jit
+def _taps3(w_ptr, channel, E, row: tl.constexpr):
+    """Three taps of one kernel row."""
+    return (
+        _tap(w_ptr, channel, E, 9, 3 * row),
+        _tap(w_ptr, channel, E, 9, 3 * row + 1),
+        _tap(w_ptr, channel, E, 9, 3 * row + 2),
+    )
+
+
+@triton.jit
+def _block_matrix(w_ptr, first, E, QB: tl.constexpr, BC: tl.constexpr):
+    """Block-diagonal (BC, BC) matrix of one projection, [in, out]."""
+    i = tl.arange(0, BC)[:, None]
+    o = tl.arange(0, BC)[None, :]
+    return tl.load(w_ptr + (first + o) * QB + i % QB, mask=(i // QB == o // QB) & (first + o < E), other=0.0)
+
+
+@triton.jit
+def _gate_matrix(w_ptr, part, channel, E, GATES: tl.constexpr, BG: tl.constexpr):
+    """(BC, BG) slice of the gates' weights (GATES, 3E) for q (part 0), k (1) or v (2)."""
+    g = tl.arange(0, BG)
+    return tl.load(
+        w_ptr + g[None, :] * (3 * E) + part * E + channel[:, None],
+        mask=(channel < E)[:, None] & (g < GATES)[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_bias(x, ptr, channel, E):
+    """x + bias, the bias read from ptr."""
+    return x + tl.load(ptr + channel, mask=channel < E, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def prepare_kernel(
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, square_ptr, tall_ptr, constant_ptr, E,
+    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Weights of one block of BC channels as the other kernels read them.
+
+    square (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
+    these in c and a: tall (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what the
+    projections' biases add.
+    """
+    part = tl.program_id(0)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    i = tl.arange(0, BC)
+    g = tl.arange(0, BG)
+    mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
+    mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
+    mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
+    gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
+    gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
+    gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
+    dtype = square_ptr.dtype.element_ty
+    square = square_ptr + part * 3 * BC * BC + i[:, None] * BC + i[None, :]
+    tl.store(square, mq.to(dtype))
+    tl.store(square + BC * BC, mk.to(dtype))
+    tl.store(square + 2 * BC * BC, mv.to(dtype))
+    tall = tall_ptr + part * 2 * BC * BG + i[:, None] * BG + g[None, :]
+    gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
+    tl.store(tall, gc.to(dtype))
+    tl.store(tall + BC * BG, tl.dot(mv, gv, input_precision='tf32x3').to(dtype))
+    constant = tl.zeros((BG,), tl.float32)
+    if HAS_BIAS:
+        constant += tl.sum(tl.load(bq_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gq, 0)
+        constant += tl.sum(tl.load(bk_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gk, 0)
+        constant += tl.sum(tl.load(bv_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gv, 0)
+    tl.store(constant_ptr + part * BG + g, constant)
+
+
+@triton.jit
+def _square(ptr, part, which: tl.constexpr, BC: tl.constexpr, TURNED: tl.constexpr):
+    """Block-diagonal matrix of Wq (0), Wk (1) or Wv (2): [in, out], or [out, in] if TURNED."""
+    i = tl.arange(0, BC)
+    place = i[None, :] * BC + i[:, None] if TURNED else i[:, None] * BC + i[None, :]
+    return tl.load(ptr + (part * 3 + which) * BC * BC + place)
+
+
+@triton.jit
+def _tall(ptr, part, which: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, TURNED: tl.constexpr):
+    """Map from c (0) or a (1) to the gates: (BC, BG), or (BG, BC) if TURNED."""
+    i = tl.arange(0, BC)
+    g = tl.arange(0, BG)
+    place = i[None, :] * BG + g[:, None] if TURNED else i[:, None] * BG + g[None, :]
+    return tl.load(ptr + (part * 2 + which) * BC * BG + place)
+
+
+@triton.jit
+def _mix_row(
+    pre, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr, gc, ga, constant,
+    c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Everything behind the convolution for one row of a strip."""
+    dtype = q_ptr.dtype.element_ty
+    pre = _add_bias(pre, conv_b_ptr, channel, E)
+    c = (pre * tl.sigmoid(pre)).to(dtype)
+    mask = valid[:, None] & (channel < E)[None, :]
+    place = plane + t.to(tl.int64)[:, None] * E + channel[None, :]
+    tl.store(c_ptr + place, c, mask=mask)
+    q = tl.dot(c, mq, input_precision=PRECISION)
+    k = tl.dot(c, mk, input_precision=PRECISION)
+    v = tl.dot(a, mv, input_precision=PRECISION)
+    if HAS_BIAS:
+        q = _add_bias(q, bq_ptr, channel, E)
+        k = _add_bias(k, bk_ptr, channel, E)
+        v = _add_bias(v, bv_ptr, channel, E)
+    tl.store(q_ptr + place, q.to(dtype), mask=mask)
+    tl.store(k_ptr + place, k.to(dtype), mask=mask)
+    tl.store(v_ptr + place, v.to(dtype), mask=mask)
+    if WITH_GATES:
+        gate = tl.dot(c, gc, input_precision=PRECISION) + tl.dot(a, ga, input_precision=PRECISION) + constant[None, :]
+        g = tl.arange(0, BG)
+        target = (((part * 2 + g // HEADS).to(tl.int64) * B + batch) * HEADS + g % HEADS) * S
+        tl.store(gate_ptr + target[None, :] + t[:, None], gate, mask=valid[:, None] & (g < 2 * HEADS)[None, :])
+
+
+@triton.jit
+def mix_kernel(
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, square_ptr, tall_ptr, constant_ptr, bq_ptr, bk_ptr, bv_ptr,
+    c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, first,
+    IS_2D: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """c = SiLU(conv(a) + b), q = Wq c, k = Wk c, v = Wv a, and this channel block's part of the gates."""
+    part = tl.program_id(0)
+    strip = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    channel = part * BC + tl.arange(0, BC)
+    col = (strip // row_blocks) * BW + tl.arange(0, BW)
+    first_row = (strip % row_blocks) * ROWS
+    a_ptr += batch * a_batch
+    plane = batch * S * E
+    mq = _square(square_ptr, part, 0, BC, False)
+    mk = _square(square_ptr, part, 1, BC, False)
+    mv = _square(square_ptr, part, 2, BC, False)
+    gc = _tall(tall_ptr, part, 0, BC, BG, False)
+    ga = _tall(tall_ptr, part, 1, BC, BG, False)
+    constant = tl.load(constant_ptr + part * BG + tl.arange(0, BG))
+    if IS_2D:
+        w0, w1, w2 = _taps3(conv_ptr, channel, E, 0)
+        w3, w4, w5 = _taps3(conv_ptr, channel, E, 1)
+        w6, w7, w8 = _taps3(conv_ptr, channel, E, 2)
+        u0, u1, u2 = _load_row(a_ptr, a_row, first_row - 1, col, channel, GW, S, GH, E)
+        m0, m1, m2 = _load_row(a_ptr, a_row, first_row, col, channel, GW, S, GH, E)
+        d0, d1, d2 = _load_row(a_ptr, a_row, first_row + 1, col, channel, GW, S, GH, E)
+        for step in range(ROWS):
+            row = first_row + step
+            n0, n1, n2 = _load_row(a_ptr, a_row, row + 2, col, channel, GW, S, GH, E)  # ahead of their use
+            pre = _weigh3(u0, u1, u2, w0, w1, w2) + _weigh3(m0, m1, m2, w3, w4, w5) + _weigh3(d0, d1, d2, w6, w7, w8)
+            t, valid = _token(row, col, GW, S, GH)
+            _mix_row(
+                pre, m1, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr,
+                gc, ga, constant, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+                HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
+            )  # fmt: skip
+            u0, u1, u2 = m0, m1, m2
+            m0, m1, m2 = d0, d1, d2
+            d0, d1, d2 = n0, n1, n2
+    else:
+        w0, w1, w2, w3 = _taps4(conv_ptr, channel, E)
+        for step in range(ROWS):
+            t, valid = _token(first_row + step, col, GW, S, GH)
+            t0, t1, t2, t3 = _load_four(a_ptr, a_row, t, first, channel, S, E)
+            a = _load_shifted(a_ptr, a_row, t, channel, S, E)
+            _mix_row(
+                t0 * w0 + t1 * w1 + t2 * w2 + t3 * w3, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv,
+                bq_ptr, bk_ptr, bv_ptr, gc, ga, constant, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+                HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
+            )  # fmt: skip
+
+
+@triton.jit
+def output_kernel(
+    h_ptr, h_batch, h_head, h_row, c_ptr, z_ptr, z_batch, z_row, w_ptr, b_ptr, skip_ptr, y_ptr, S, E, eps,
+    HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """y = ((1 + w) * norm(h) + b + skip * c) * SiLU(z) for BM tokens of one head."""
+    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    channel = head * DH + d
+    mask = (t < S)[:, None] & (d < DH)[None, :]
+    t = t.to(tl.int64)
+    h = tl.load(h_ptr + batch * h_batch + head * h_head + t[:, None] * h_row + d[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    c = tl.load(c_ptr + (batch * S + t[:, None]) * E + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(h, 1) / DH
+    centred = tl.where(mask, h - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DH + eps)
+    w = tl.load(w_ptr + channel, mask=d < DH, other=0.0).to(tl.float32) + 1.0
+    skip = tl.load(skip_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)
+    inner = centred * rstd[:, None] * w[None, :] + skip[None, :] * c
+    if HAS_BIAS:
+        inner += tl.load(b_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)[None, :]
+    y = inner * z * tl.sigmoid(z)
+    tl.store(y_ptr + (batch * S + t[:, None]) * E + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def output_backward_kernel(
+    h_ptr, h_batch, h_head, h_row, c_ptr, z_ptr, z_batch, z_row, w_ptr, b_ptr, skip_ptr, dy_ptr,
+    y_ptr, dz_ptr, dz_batch, dz_row, dh_ptr, dc_ptr, sums_ptr, S, E, eps, token_steps, token_blocks,
+    HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """y again; dz, dh, dc through the gated output; sums over tokens for w, b, skip and the bias of z."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BD)
+    channel = head * DH + d
+    w = tl.load(w_ptr + channel, mask=d < DH, other=0.0).to(tl.float32) + 1.0
+    skip = tl.load(skip_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)
+    dw = tl.zeros((BD,), tl.float32)
+    db = tl.zeros((BD,), tl.float32)
+    dskip = tl.zeros((BD,), tl.float32)
+    dzsum = tl.zeros((BD,), tl.float32)
+    for step in range(token_steps):
+        t = (block * token_steps + step) * BM + tl.arange(0, BM)
+        mask = (t < S)[:, None] & (d < DH)[None, :]
+        t = t.to(tl.int64)
+        place = (batch * S + t[:, None]) * E + channel[None, :]
+        h = tl.load(h_ptr + batch * h_batch + head * h_head + t[:, None] * h_row + d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        c = tl.load(c_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + channel[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(h, 1) / DH
+        centred = tl.where(mask, h - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DH + eps)
+        normalised = centred * rstd[:, None]
+        inner = normalised * w[None, :] + skip[None, :] * c
+        if HAS_BIAS:
+            inner += tl.load(b_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)[None, :]
+        sigma = tl.sigmoid(z)
+        gate = z * sigma
+        tl.store(y_ptr + place, (inner * gate).to(y_ptr.dtype.element_ty), mask=mask)
+        dz = dy * inner * (sigma + gate * (1.0 - sigma))
+        dzsum += tl.sum(dz, 0)
+        tl.store(
+            dz_ptr + batch * dz_batch + t[:, None] * dz_row + channel[None, :],
+            dz.to(dz_ptr.dtype.element_ty),
+            mask=mask,
+        )
+        dinner = dy * gate
+        tl.store(dc_ptr + place, (dinner * skip[None, :]).to(dc_ptr.dtype.element_ty), mask=mask)
+        dskip += tl.sum(dinner * c, 0)
+        dw += tl.sum(dinner * normalised, 0)
+        db += tl.sum(dinner, 0)
+        g = dinner * w[None, :]
+        dh = rstd[:, None] * (g - (tl.sum(g, 1) / DH)[:, None] - normalised * (tl.sum(g * normalised, 1) / DH)[:, None])
+        tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += (batch * token_blocks + block) * 4 * E + channel
+    tl.store(sums_ptr, dw, mask=d < DH)
+    tl.store(sums_ptr + E, db, mask=d < DH)
+    tl.store(sums_ptr + 2 * E, dskip, mask=d < DH)
+    tl.store(sums_ptr + 3 * E, dzsum, mask=d < DH)
+
+
+@triton.jit
+def _diagonal_blocks(full, QB: tl.constexpr, BC: tl.constexpr):
+    """Blocks of a (BC, BC) matrix [out, in] as (BC, QB)."""
+    i = tl.arange(0, BC)[:, None]
+    o = tl.arange(0, BC)[None, :]
+    masked = tl.where(i // QB == o // QB, full, 0.0)
+    return tl.sum(tl.reshape(masked, (BC, BC // QB, QB)), 1)
+
+
+@triton.jit
+def mix_backward_kernel(
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, square_ptr, tall_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dg_batch, dg_head, dg_row, dgate_ptr, dc_ptr, dpre_ptr, da_ptr, da_batch, da_row,
+    sums_ptr, B, S, GH, GW, E, DH, ROWS, row_blocks, strips, batches, first,
+    IS_2D: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    BW: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q, k, v and the gates taken back to conv(a) + b and, through v alone, to a.
+
+    dpre = (dc + Wq' dq + Wk' dk + Gc' dgate) * SiLU'(pre);  da = Wv' dv + Ga' dgate, with the gates as linear maps Gc
+    of c and Ga of a. Sums over the tokens of this program for Wq, Wk, Wv, their biases, and the gates' weights.
+    """
+    part = tl.program_id(0)
+    strip = tl.program_id(1)
+    group = tl.program_id(2)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    in_head = (channel // DH) * dg_head + channel % DH
+    col = (strip // row_blocks) * BW + tl.arange(0, BW)
+    first_row = (strip % row_blocks) * ROWS
+    g = tl.arange(0, BG)
+    dtype = a_ptr.dtype.element_ty
+    mq = _square(square_ptr, part, 0, BC, True)
+    mk = _square(square_ptr, part, 1, BC, True)
+    mv = _square(square_ptr, part, 2, BC, True)
+    gc = _tall(tall_ptr, part, 0, BC, BG, True)
+    ga = _tall(tall_ptr, part, 1, BC, BG, True)
+    dwq = tl.zeros((BC, BC), tl.float32)
+    dwk = tl.zeros((BC, BC), tl.float32)
+    dwv = tl.zeros((BC, BC), tl.float32)
+    gate_c = tl.zeros((BG, BC), tl.float32)
+    gate_a = tl.zeros((BG, BC), tl.float32)
+    gate_sum = tl.zeros((BG,), tl.float32)
+    dbq = tl.zeros((BC,), tl.float32)
+    dbk = tl.zeros((BC,), tl.float32)
+    dbv = tl.zeros((BC,), tl.float32)
+    if IS_2D:
+        w0, w1, w2 = _taps3(conv_ptr, channel, E, 0)
+        w3, w4, w5 = _taps3(conv_ptr, channel, E, 1)
+        w6, w7, w8 = _taps3(conv_ptr, channel, E, 2)
+    else:
+        w0, w1, w2, w3 = _taps4(conv_ptr, channel, E)
+    for item in range(batches):
+        batch = tl.minimum(group * batches + item, B - 1).to(tl.int64)
+        live = group * batches + item < B
+        a_base = a_ptr + batch * a_batch
+        if IS_2D:
+            u0, u1, u2 = _load_row(a_base, a_row, first_row - 1, col, channel, GW, S, GH, E)
+            m0, m1, m2 = _load_row(a_base, a_row, first_row, col, channel, GW, S, GH, E)
+        for step in range(ROWS):
+            row = first_row + step
+            t, valid = _token(row, col, GW, S, GH)
+            valid = valid & live
+            mask = valid[:, None] & inside[None, :]
+            flat = (batch * S + t.to(tl.int64))[:, None] * E + channel[None, :]
+            gate_place = (((g // HEADS) * B + batch) * HEADS + g % HEADS) * S
+            gate_mask = valid[:, None] & (g < 2 * HEADS)[None, :]
+            place = batch * dg_batch + t.to(tl.int64)[:, None] * dg_row + in_head[None, :]
+            dgate = tl.load(dgate_ptr + gate_place[None, :] + t[:, None], mask=gate_mask, other=0.0)
+            dq = tl.load(dq_ptr + place, mask=mask, other=0.0)
+            dk = tl.load(dk_ptr + place, mask=mask, other=0.0)
+            dv = tl.load(dv_ptr + place, mask=mask, other=0.0)
+            dc = tl.load(dc_ptr + flat, mask=mask, other=0.0).to(tl.float32)
+            if IS_2D:
+                d0, d1, d2 = _load_row(a_base, a_row, row + 1, col, channel, GW, S, GH, E)
+                pre = (
+                    _weigh3(u0, u1, u2, w0, w1, w2) + _weigh3(m0, m1, m2, w3, w4, w5) + _weigh3(d0, d1, d2, w6, w7, w8)
+                )
+                a = m1
+                u0, u1, u2 = m0, m1, m2
+                m0, m1, m2 = d0, d1, d2
+            else:
+                t0, t1, t2, t3 = _load_four(a_base, a_row, t, first, channel, S, E)
+                pre = t0 * w0 + t1 * w1 + t2 * w2 + t3 * w3
+                a = _load_shifted(a_base, a_row, t, channel, S, E)
+            pre = _add_bias(pre, conv_b_ptr, channel, E)
+            sigma = tl.sigmoid(pre)
+            c = (pre * sigma).to(dtype)
+            gate_sum += tl.sum(dgate, 0)
+            dgate = dgate.to(dtype)
+            turned = tl.trans(dgate)
+            gate_c += tl.dot(turned, c, input_precision=PRECISION)
+            gate_a += tl.dot(turned, a, input_precision=PRECISION)
+            dbq += tl.sum(dq.to(tl.float32), 0)
+            dbk += tl.sum(dk.to(tl.float32), 0)
+            dbv += tl.sum(dv.to(tl.float32), 0)
+            dwq += tl.dot(tl.trans(dq), c, input_precision=PRECISION)
+            dwk += tl.dot(tl.trans(dk), c, input_precision=PRECISION)
+            dwv += tl.dot(tl.trans(dv), a, input_precision=PRECISION)
+            dc += tl.dot(dq, mq, input_precision=PRECISION)
+            dc += tl.dot(dk, mk, input_precision=PRECISION)
+            dc += tl.dot(dgate, gc, input_precision=PRECISION)
+            da = tl.dot(dv, mv, input_precision=PRECISION) + tl.dot(dgate, ga, input_precision=PRECISION)
+            dpre = dc * (sigma + pre * sigma * (1.0 - sigma))
+            tl.store(dpre_ptr + flat, dpre.to(dtype), mask=mask)
+            da_place = batch * da_batch + t.to(tl.int64)[:, None] * da_row + channel[None, :]
+            tl.store(da_ptr + da_place, da.to(dtype), mask=mask)
+    # Per program: Wq, Wk, Wv (E, QB) each, their biases (E) each, dgate' c and dgate' a (BG, E) each, dgate (BG).
+    sums_ptr += (group * strips + strip).to(tl.int64) * (3 * E * (QB + 1) + 2 * BG * E + BG)
+    wide = channel[:, None] * QB + tl.arange(0, QB)[None, :]
+    tl.store(sums_ptr + wide, _diagonal_blocks(dwq, QB, BC), mask=inside[:, None])
+    tl.store(sums_ptr + E * QB + wide, _diagonal_blocks(dwk, QB, BC), mask=inside[:, None])
+    tl.store(sums_ptr + 2 * E * QB + wide, _diagonal_blocks(dwv, QB, BC), mask=inside[:, None])
+    sums_ptr += 3 * E * QB
+    tl.store(sums_ptr + channel, dbq, mask=inside)
+    tl.store(sums_ptr + E + channel, dbk, mask=inside)
+    tl.store(sums_ptr + 2 * E + channel, dbv, mask=inside)
+    sums_ptr += 3 * E
+    gates = g[:, None] * E + channel[None, :]
+    tl.store(sums_ptr + gates, gate_c, mask=inside[None, :])
+    tl.store(sums_ptr + BG * E + gates, gate_a, mask=inside[None, :])
+    if part == 0:
+        tl.store(sums_ptr + 2 * BG * E + g, gate_sum)
+
+
+@triton.jit
+def finish_kernel(
+    sums_ptr, square_ptr, wg_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr, E,
+    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Gradients of projections and gates from the sums of `mix_backward_kernel`.
+
+    What Wq sees as dq is dq + Gq' dgate, and what Gq sees as q is Wq c + bq; likewise for k and v.
+    """
+    part = tl.program_id(0)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    g = tl.arange(0, BG)
+    i = tl.arange(0, QB)
+    gate_c = tl.load(sums_ptr + 3 * E * (QB + 1) + g[:, None] * E + channel[None, :], mask=inside[None, :], other=0.0)
+    gate_a = tl.load(
+        sums_ptr + 3 * E * (QB + 1) + BG * E + g[:, None] * E + channel[None, :], mask=inside[None, :], other=0.0
+    )
+    gate_sum = tl.load(sums_ptr + 3 * E * (QB + 1) + 2 * BG * E + g)
+    wide = channel[:, None] * QB + i[None, :]
+    for which in tl.static_range(3):
+        weights = _gate_matrix(wg_ptr, which, channel, E, 2 * HEADS, BG).to(tl.float32)  # (BC, BG)
+        seen = gate_c if which < 2 else gate_a
+        full = tl.dot(weights, seen, input_precision='tf32x3')
+        dw = _diagonal_blocks(full, QB, BC)
+        dw += tl.load(sums_ptr + which * E * QB + wide, mask=inside[:, None], other=0.0)
+        tl.store(dw_ptr + which * E * QB + wide, dw, mask=inside[:, None])
+        db = tl.sum(weights * gate_sum[None, :], 1)
+        db += tl.load(sums_ptr + 3 * E * QB + which * E + channel, mask=inside, other=0.0)
+        tl.store(db_ptr + which * E + channel, db, mask=inside)
+        square = _square(square_ptr, part, which, BC, False).to(tl.float32)
+        dwg = tl.dot(seen, square, input_precision='tf32x3')
+        if HAS_BIAS:
+            b_ptr = bq_ptr if which == 0 else (bk_ptr if which == 1 else bv_ptr)
+            dwg += gate_sum[:, None] * tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+        place = g[:, None] * (3 * E) + which * E + channel[None, :]
+        tl.store(dwg_ptr + place, dwg, mask=(g < 2 * HEADS)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _add_da(da, dpre_sum, target, da_ptr, t, da_row, channel, mask):
+    """Read what is in da, add, write back; the new value."""
+    place = target + t.to(tl.int64)[:, None] * da_row + channel[None, :]
+    da += tl.load(da_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(da_ptr + place, da.to(da_ptr.dtype.element_ty), mask=mask)
+    return tl.where(mask, da, 0.0) + dpre_sum
+
+
+@triton.jit
+def _store_sum(sums_ptr, tile, channel, inside, E, i: tl.constexpr):
+    """Sum of a tile over its tokens, written as row i of this program's sums."""
+    tl.store(sums_ptr + i * E + channel, tl.sum(tile, 0), mask=inside)
+
+
+@triton.jit
+def conv2d_backward_kernel(
+    a_ptr, a_batch, a_row, dpre_ptr, conv_ptr, da_ptr, da_batch, da_row, sums_ptr,
+    B, S, GH, GW, E, ROWS, row_blocks, strips, batches, BW: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """da += transposed 3 x 3 convolution of dpre; sums over tokens for the taps, the bias, and da itself."""
+    part = tl.program_id(0)
+    strip = tl.program_id(1)
+    group = tl.program_id(2)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    col = (strip // row_blocks) * BW + tl.arange(0, BW)
+    first_row = (strip % row_blocks) * ROWS
+    w0, w1, w2 = _taps3(conv_ptr, channel, E, 0)
+    w3, w4, w5 = _taps3(conv_ptr, channel, E, 1)
+    w6, w7, w8 = _taps3(conv_ptr, channel, E, 2)
+    s0 = tl.zeros((BW, BC), tl.float32)
+    s1 = tl.zeros((BW, BC), tl.float32)
+    s2 = tl.zeros((BW, BC), tl.float32)
+    s3 = tl.zeros((BW, BC), tl.float32)
+    s4 = tl.zeros((BW, BC), tl.float32)
+    s5 = tl.zeros((BW, BC), tl.float32)
+    s6 = tl.zeros((BW, BC), tl.float32)
+    s7 = tl.zeros((BW, BC), tl.float32)
+    s8 = tl.zeros((BW, BC), tl.float32)
+    dbias = tl.zeros((BW, BC), tl.float32)
+    dasum = tl.zeros((BW, BC), tl.float32)
+    for item in range(batches):
+        batch = tl.minimum(group * batches + item, B - 1).to(tl.int64)
+        live = group * batches + item < B
+        dpre_base = dpre_ptr + batch * S * E
+        u0, u1, u2 = _load_row(dpre_base, E, first_row - 1, col, channel, GW, S, GH, E)
+        m0, m1, m2 = _load_row(dpre_base, E, first_row, col, channel, GW, S, GH, E)
+        for step in range(ROWS):
+            row = first_row + step
+            t, valid = _token(row, col, GW, S, GH)
+            mask = (valid & live)[:, None] & inside[None, :]
+            d0, d1, d2 = _load_row(dpre_base, E, row + 1, col, channel, GW, S, GH, E)
+            # Token t was read by its neighbours: by the one below through the upper tap, and so on.
+            da = _weigh3(u0, u1, u2, w8, w7, w6) + _weigh3(m0, m1, m2, w5, w4, w3) + _weigh3(d0, d1, d2, w2, w1, w0)
+            dasum = _add_da(da, dasum, batch * da_batch, da_ptr, t, da_row, channel, mask)
+            a = tl.load(
+                a_ptr + batch * a_batch + t.to(tl.int64)[:, None] * a_row + channel[None, :], mask=mask, other=0.0
+            )
+            a = a.to(tl.float32)
+            s8 += u0.to(tl.float32) * a
+            s7 += u1.to(tl.float32) * a
+            s6 += u2.to(tl.float32) * a
+            s5 += m0.to(tl.float32) * a
+            s4 += m1.to(tl.float32) * a
+            s3 += m2.to(tl.float32) * a
+            s2 += d0.to(tl.float32) * a
+            s1 += d1.to(tl.float32) * a
+            s0 += d2.to(tl.float32) * a
+            dbias += tl.where(mask, m1.to(tl.float32), 0.0)
+            u0, u1, u2 = m0, m1, m2
+            m0, m1, m2 = d0, d1, d2
+    sums_ptr += (group * strips + strip).to(tl.int64) * 11 * E
+    _store_sum(sums_ptr, s0, channel, inside, E, 0)
+    _store_sum(sums_ptr, s1, channel, inside, E, 1)
+    _store_sum(sums_ptr, s2, channel, inside, E, 2)
+    _store_sum(sums_ptr, s3, channel, inside, E, 3)
+    _store_sum(sums_ptr, s4, channel, inside, E, 4)
+    _store_sum(sums_ptr, s5, channel, inside, E, 5)
+    _store_sum(sums_ptr, s6, channel, inside, E, 6)
+    _store_sum(sums_ptr, s7, channel, inside, E, 7)
+    _store_sum(sums_ptr, s8, channel, inside, E, 8)
+    _store_sum(sums_ptr, dbias, channel, inside, E, 9)
+    _store_sum(sums_ptr, dasum, channel, inside, E, 10)
+
+
+@triton.jit
+def conv1d_backward_kernel(
+    a_ptr, a_batch, a_row, dpre_ptr, conv_ptr, da_ptr, da_batch, da_row, sums_ptr,
+    B, S, GH, GW, E, ROWS, row_blocks, strips, batches, first, BW: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """da += transposed causal convolution of dpre; sums over tokens for the taps, the bias, and da itself."""
+    part = tl.program_id(0)
+    strip = tl.program_id(1)
+    group = tl.program_id(2)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    col = tl.arange(0, BW)
+    first_row = strip * ROWS
+    w0, w1, w2, w3 = _taps4(conv_ptr, channel, E)
+    s0 = tl.zeros((BW, BC), tl.float32)
+    s1 = tl.zeros((BW, BC), tl.float32)
+    s2 = tl.zeros((BW, BC), tl.float32)
+    s3 = tl.zeros((BW, BC), tl.float32)
+    dbias = tl.zeros((BW, BC), tl.float32)
+    dasum = tl.zeros((BW, BC), tl.float32)
+    for item in range(batches):
+        batch = tl.minimum(group * batches + item, B - 1).to(tl.int64)
+        live = group * batches + item < B
+        dpre_base = dpre_ptr + batch * S * E
+        for step in range(ROWS):
+            t, valid = _token(first_row + step, col, GW, S, GH)
+            mask = (valid & live)[:, None] & inside[None, :]
+            # Token t was read through tap i by the token at t - first - i.
+            d3, d2, d1, d0 = _load_four(dpre_base, E, t, -first - 3, channel, S, E)
+            da = d0 * w0 + d1 * w1 + d2 * w2 + d3 * w3
+            dasum = _add_da(da, dasum, batch * da_batch, da_ptr, t, da_row, channel, mask)
+            a = tl.load(
+                a_ptr + batch * a_batch + t.to(tl.int64)[:, None] * a_row + channel[None, :], mask=mask, other=0.0
+            )
+            a = a.to(tl.float32)
+            s0 += d0 * a
+            s1 += d1 * a
+            s2 += d2 * a
+            s3 += d3 * a
+            own = _load_shifted(dpre_base, E, t, channel, S, E).to(tl.float32)
+            dbias += tl.where(mask, own, 0.0)
+    sums_ptr += (group * strips + strip).to(tl.int64) * 6 * E
+    _store_sum(sums_ptr, s0, channel, inside, E, 0)
+    _store_sum(sums_ptr, s1, channel, inside, E, 1)
+    _store_sum(sums_ptr, s2, channel, inside, E, 2)
+    _store_sum(sums_ptr, s3, channel, inside, E, 3)
+    _store_sum(sums_ptr, dbias, channel, inside, E, 4)
+    _store_sum(sums_ptr, dasum, channel, inside, E, 5)

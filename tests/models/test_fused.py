@@ -1,0 +1,169 @@
+"""The fused block against the plain modules in float64: every output and gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmvil.models import ViLBlock, VisionLSTM
+from mmvil.models.fused import run_fused, why_not_fused
+from mmvil.ops.triton_launch import interpreting
+
+on_kernels = pytest.mark.skipif(
+    not (interpreting() or torch.cuda.is_available()), reason='needs a GPU or the interpreter of Triton'
+)
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def trained_like(block: ViLBlock) -> ViLBlock:
+    """Parameters that all matter."""
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        block.layer.fgate.bias.add_(3.0)
+    return block
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    expected = expected.double().cpu()
+    return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
+
+
+def compare(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, batch: int = 2) -> dict[str, float]:
+    """Relative error of output and gradients of the fused path against float64 on the plain one."""
+    x = torch.randn(batch, grid[0] * grid[1], block.layer.embed_dims, device=DEVICE, requires_grad=True)
+    upstream = torch.randn_like(x)
+    block.to(DEVICE)
+    with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+        out = run_fused(block, x, grid)
+    out.backward(upstream)
+    found = {'output': out, 'x': x.grad, **{name: p.grad for name, p in block.named_parameters()}}
+    found = {name: value.detach().clone() for name, value in found.items()}
+    block.zero_grad()
+    exact = x.detach().double().requires_grad_()
+    block.double()
+    block(exact, grid).backward(upstream.double())
+    block_out = block(exact, grid)
+    expected = {'output': block_out, 'x': exact.grad, **{name: p.grad for name, p in block.named_parameters()}}
+    return {name: relative(found[name], value) for name, value in expected.items()}
+
+
+V1 = {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False, 'norm_bias': False}
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ('dims', 'grid', 'reverse', 'options'),
+    [
+        (16, (3, 5), False, {}),
+        (16, (5, 3), True, {}),
+        (24, (2, 18), True, {'proj_bias': False}),
+        (24, (3, 7), False, V1),
+        (16, (5, 7), True, V1),
+        (32, (1, 2), False, {'num_heads': 2, 'qkv_block_size': 8}),
+    ],
+    ids=['2d', '2d-reverse', 'wide-no-bias', 'v1', 'v1-reverse', 'two-tokens'],
+)
+def test_float32(dims: int, grid: tuple[int, int], reverse: bool, options: dict) -> None:
+    torch.manual_seed(0)
+    errors = compare(trained_like(ViLBlock(dims, reverse, **options)), grid, torch.float32)
+    assert all(error < 2e-4 for error in errors.values()), errors
+
+
+@on_kernels
+def test_drop_path_scales_whole_images() -> None:
+    torch.manual_seed(0)
+    block = trained_like(ViLBlock(16, drop_path_rate=0.5)).to(DEVICE).train()
+    x = torch.randn(8, 6, 16, device=DEVICE)
+    torch.manual_seed(3)
+    fused = run_fused(block, x, (2, 3))
+    torch.manual_seed(3)
+    factors = block.drop_path.factors(x)
+    block.drop_path.rate = 0.0
+    expected = x + factors.view(-1, 1, 1) * (run_fused(block, x, (2, 3)) - x)
+    assert set(factors.tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_covered_says_so() -> None:
+    x = torch.zeros(1, 4, 16)
+    cases = {
+        'switched off': ViLBlock(16),
+        'parallel': ViLBlock(16, mlstm_backend='parallel', fused=True),
+        '3 x 3': ViLBlock(16, conv_kernel_size=5, fused=True),
+        'power of two': ViLBlock(24, qkv_block_size=6, fused=True),
+    }
+    for part, block in cases.items():
+        assert part in why_not_fused(block, x)
+    block = ViLBlock(16, fused=True)
+    assert 'float64' in why_not_fused(block, x.double())
+    assert 'empty' in why_not_fused(block, x[:0])
+    hooked = ViLBlock(16, fused=True)
+    hooked.layer.register_forward_hook(lambda *_: None)
+    assert 'hook' in why_not_fused(hooked, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize(
+    ('dims', 'grid'), [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32))], ids=['T', 'S', 'B', 'T-512px']
+)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bf16', 'fp16'])
+def test_gradients_at_full_width(dims: int, grid: tuple[int, int], reverse: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    block = ViLBlock(dims, reverse)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    errors = compare(block, grid, dtype)
+    assert all(error < 3e-2 for error in errors.values()), errors
+
+
+@pytest.mark.gpu
+def test_whole_model_eager_compiled_and_checkpointed() -> None:
+    torch.manual_seed(0)
+    options = {'arch': {'embed_dims': 64, 'num_layers': 4}, 'img_size': 64, 'out_type': 'bilateral_concat'}
+    model = VisionLSTM(**options, fused=True).cuda()
+    plain = VisionLSTM(**options)
+    plain.load_state_dict(model.state_dict())
+    plain.double()
+    compiled = torch.compile(model, fullgraph=True)
+    for size in ((64, 64), (48, 80), (33, 100)):
+        image = torch.randn(2, 3, *size)
+        expected = plain(image.double())[0]
+        for run in (model, compiled):
+            assert relative(run(image.cuda())[0], expected) < 1e-4
+    model.with_cp = True
+    (model(image.cuda())[0] * 0.5).sum().backward()
+    (plain(image.double())[0] * 0.5).sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert relative(parameter.grad, other.grad) < 1e-3, name
+
+
+@pytest.mark.gpu
+def test_results_do_not_change_from_run_to_run() -> None:
+    torch.manual_seed(0)
+    block = ViLBlock(192, fused=True).cuda()
+    x = torch.randn(4, 196, 192, device='cuda', requires_grad=True)
+    runs = []
+    for _ in range(2):
+        block.zero_grad()
+        x.grad = None
+        with torch.autocast('cuda', torch.bfloat16):
+            out = block(x, (14, 14))
+        out.square().sum().backward()
+        runs.append([out.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in block.parameters())])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@on_kernels
+def test_operator_contract() -> None:
+    from mmvil.models.fused import fused_weights
+    from mmvil.ops.block_op import vil_block_fwd
+
+    block = trained_like(ViLBlock(16)).to(DEVICE)
+    weights = {name: weight.detach().requires_grad_() for name, weight in fused_weights(block).items()}
+    x = torch.randn(1, 6, 16, device=DEVICE, requires_grad=True)
+    arguments = (x, list(weights.values()), ' '.join(weights), None, 2, 3, 4, True, torch.float32)
+    torch.library.opcheck(
+        vil_block_fwd, arguments, test_utils=('test_schema', 'test_faketensor', 'test_autograd_registration')
+    )
