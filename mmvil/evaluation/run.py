@@ -13,6 +13,7 @@ from .models import ModelFactory, hash_file
 from .progress import format_duration
 from .protocol import FINAL_SPLITS, PHASES, TUNING_SPLITS, load_settings
 from .provenance import WorkerPlace, describe_environment, find_place
+from .training import build_optimizer
 from .worker import Worker, estimate_seconds
 
 __all__ = ['find_device', 'run_campaign']
@@ -89,6 +90,8 @@ def run_campaign(
     root = DataRoot(data_root)
     checkpoint_hash = hash_file(checkpoint) if checkpoint is not None else None
     factory = ModelFactory(settings, checkpoint, torch_device, from_scratch)
+    # Fails here, before anything is written, if the backbone has no depths for the layer-wise decay.
+    build_optimizer(factory.fresh(2, 0), settings, settings.protocol.learning_rates[0], settings.protocol.epochs * 100)
     identity = campaign_identity(settings, checkpoint_hash, root.is_smoke)
     campaign = Campaign.start_or_join(work_dir, identity, describe_environment(torch_device))
     _announce(campaign, factory, place, say)

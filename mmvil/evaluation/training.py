@@ -67,6 +67,9 @@ def build_optimizer(
 
     Returns:
         Optimizer wrapper and schedules. bf16 needs a GPU here; on a CPU training runs in float32.
+
+    Raises:
+        ValueError: If the backbone has no depths for layer-wise decay, or a schedule runs by epoch.
     """
     config = copy.deepcopy(_plain(settings['optim_wrapper']))
     config['optimizer']['lr'] = learning_rate
@@ -74,7 +77,13 @@ def build_optimizer(
         config = {key: value for key, value in config.items() if key not in ('dtype', 'loss_scale', 'use_fsdp')}
         config['type'] = 'OptimWrapper'
     with quiet_logger():  # one line per parameter, for each of hundreds of runs
-        optim_wrapper = build_optim_wrapper(model, config)
+        try:
+            optim_wrapper = build_optim_wrapper(model, config)
+        except NotImplementedError as error:  # mmpretrain's ResNet knows the depths of some of its sizes only
+            raise ValueError(
+                f'{type(model.backbone).__name__} gives no depths for layer-wise learning-rate decay at this size; set '
+                'optim_wrapper.paramwise_cfg.layer_decay_rate=1 to train it without'
+            ) from error
     schedules = settings['param_scheduler']
     schedules = [schedules] if isinstance(schedules, Mapping) else list(schedules or ())
     epochs = settings['protocol']['epochs']

@@ -200,6 +200,23 @@ def test_place_among_workers(environment, place):
     assert find_place(environment) == place
 
 
+def test_a_backbone_without_depths_needs_a_word_and_is_marked(tiny_config, tiny_root, tmp_path):
+    path = tmp_path / 'resnet.py'
+    backbone = "dict(type='ResNet', depth=18), neck=dict(type='GlobalAveragePooling')"
+    path.write_text(f'_base_ = {str(tiny_config)!r}\nmodel = dict(_delete_=True, backbone={backbone})\n')
+    with pytest.raises(ValueError, match='layer_decay_rate=1 to train it without'):
+        start(tmp_path / 'work', path, tiny_root, [], tasks=['kitti'])
+    assert not (tmp_path / 'work').exists()
+    options = {
+        'optim_wrapper.paramwise_cfg.layer_decay_rate': 1,
+        'protocol.seeds': [0],
+        'protocol.learning_rates': [1e-3],
+    }
+    campaign = start(tmp_path / 'work', path, tiny_root, [], tasks=['kitti'], overrides=options)
+    assert campaign.count_runs(find_task('kitti')) == (2, 2)
+    assert 'optim_wrapper.paramwise_cfg.layer_decay_rate: 1 instead of 0.65' in campaign.header['deviations']
+
+
 def test_no_campaign(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no campaign'):
         Campaign(tmp_path)
