@@ -117,9 +117,10 @@ def test_tuning_works_without_any_test_image_and_opens_no_test_file(tiny_config,
         shutil.rmtree(root / 'kitti/images' / split)
         (root / f'kitti/{split}.txt').unlink()
         (root / f'kitti/{split}.txt').mkdir()
-    opened = []
-    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)
+    opened, watching = [], [True]  # a hook cannot be taken off again
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if watching and event == 'open' else None)
     campaign = start(tmp_path / 'work', tiny_config, root, [], tasks=['kitti'], phase='tune')
+    watching.clear()
     inside = [Path(path).relative_to(root).as_posix() for path in opened if path.startswith(str(root))]
     assert any(path.startswith('kitti/images/val200/') for path in inside)
     assert {Path(path).parts[2] for path in inside if '/images/' in path} == {'train800', 'val200'}
