@@ -1,4 +1,4 @@
-"""Chunkwise mLSTM on Triton kernels: buffers, grids and tile sizes. Time and memory are linear in the sequence length."""
+"""Chunkwise mLSTM on Triton kernels: buffers, grids, tile sizes. Time and memory grow linearly with the sequence."""
 
 import contextlib
 import math
@@ -8,8 +8,22 @@ import torch
 from torch import Tensor
 
 from . import triton_chunkwise_kernels as kernels
+from .triton_launch import DeviceLimits, device_limits, dot_precision, empty_rows_like, rows_contiguous
 
-__all__ = ['Pieces', 'Saved', 'Tiles', 'backward', 'choose_tiles', 'empty_saved', 'forward']
+__all__ = [
+    'Pieces',
+    'ProductTiles',
+    'Saved',
+    'ScanTiles',
+    'StateTiles',
+    'Tiles',
+    'backward',
+    'choose_tiles',
+    'empty_saved',
+    'forward',
+    'shared_memory_needed',
+    'tile_candidates',
+]
 
 OUTPUT, QUERY_GRADIENT, KEY_GRADIENT, VALUE_GRADIENT = range(4)
 ALIGNMENT = 8
@@ -139,23 +153,95 @@ def split_dim(dim: int) -> Pieces:
     return Pieces(whole)
 
 
-def choose_tiles(dim: int, dtype: torch.dtype) -> Tiles:
-    """Pick tile sizes for DH and dtype.
+def tile_candidates(dim: int, dtype: torch.dtype) -> list[Tiles]:
+    """List the tile sizes for DH and dtype.
+
+    With tiles of 64 tokens on Hopper, one stage and pieces of 32 columns must not meet: ptxas 12.8 leaves a register of
+    a matrix descriptor unset there, and the kernel reads outside of shared memory.
 
     Args:
         dim: DH, 1 to 512.
         dtype: Data type of q, k and v.
 
     Returns:
-        Tile sizes.
+        Fastest first; the last fits 64 KiB of shared memory.
     """
     pieces = split_dim(dim)
-    columns = Pieces(32, 0, -(-dim // 32))
-    if dtype == torch.float32:
-        product, state = ProductTiles(16, pieces, 4, 1), StateTiles(pieces, columns, 4, 1)
-        return Tiles(32, 128, product, product, state, state)
-    product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, columns, 4, 2)
-    return Tiles(64, 256, product, product, state, state)
+    wide = pieces.wide + pieces.narrow
+    rows = 32 if wide <= 128 else 16
+    small_product = ProductTiles(16, _blocks(dim, 32), 4, 1)
+    small_state = StateTiles(pieces, _blocks(dim, 32 if wide <= 256 else 16), 4, 1)
+    small = Tiles(rows, 128, small_product, small_product, small_state, small_state)
+    if dtype == torch.float32 and wide <= 128:
+        product, state = ProductTiles(16, pieces, 4, 1), StateTiles(pieces, _blocks(dim, 32), 4, 1)
+        return [Tiles(32, 128, product, product, state, state), small]
+    if dtype == torch.float32 or wide > 384:
+        return [small]
+    scan = ScanTiles()
+    if wide <= 128:
+        product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
+        if pieces == Pieces(64, 32):
+            state = StateTiles(Pieces(128), pieces, 4, 2)
+    elif wide <= 256 and dtype == torch.float16:
+        product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
+    elif wide <= 256:
+        product = ProductTiles(64, pieces if pieces.narrow else Pieces(128, 0, 2), 8, 2)
+        state, scan = StateTiles(pieces, _blocks(dim, 64), 8, 2), ScanTiles(2048)
+    else:
+        product, state = ProductTiles(64, Pieces(128, 64, 2), 8, 1), StateTiles(pieces, _blocks(dim, 64), 8, 2)
+    return [Tiles(64, 256, product, product, state, state, scan), small]
+
+
+def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
+    """Estimate the shared memory of the largest of the programs from above.
+
+    Args:
+        tiles: Tile sizes.
+        dim: DH.
+        dtype: Data type of q, k and v.
+
+    Returns:
+        Bytes.
+    """
+    inner = split_dim(dim)
+    inner = inner.wide + inner.narrow
+    needed, vectors = [4096], 0 if tiles.output.stages == 1 else 2048
+    for product in (tiles.output, tiles.gradient):
+        outer = product.pieces.wide + product.pieces.narrow
+        streamed = product.stages * (inner + outer) if product.stages > 1 else max(inner, outer)
+        from_state = product.stages * product.depth * (tiles.tile + outer)
+        needed.append((tiles.tile * inner + max(tiles.tile * streamed, from_state)) * dtype.itemsize + vectors)
+    for state in (tiles.state, tiles.state_gradient):
+        rows, columns = state.rows.wide + state.rows.narrow, state.columns.wide + state.columns.narrow
+        scaled = tiles.tile * (2 * rows if dtype == torch.bfloat16 else 4 * (rows + columns))
+        loaded = state.stages * tiles.tile * columns * dtype.itemsize + 10240 if state.stages > 1 else 0
+        needed.append(loaded + scaled)
+    return max(needed)
+
+
+def choose_tiles(dim: int, dtype: torch.dtype, limits: DeviceLimits) -> Tiles:
+    """Pick the fastest tile sizes that a device has the shared memory for.
+
+    Args:
+        dim: DH, 1 to 512.
+        dtype: Data type of q, k and v.
+        limits: What a kernel may use.
+
+    Returns:
+        Tile sizes.
+    """
+    *others, smallest = tile_candidates(dim, dtype)
+    return next((x for x in others if shared_memory_needed(x, dim, dtype) <= limits.shared_memory), smallest)
+
+
+def _default_tiles(q: Tensor) -> Tiles:
+    """Tile sizes for q on its device."""
+    return choose_tiles(q.shape[-1], q.dtype, device_limits(q.device))
+
+
+def _blocks(dim: int, wide: int) -> Pieces:
+    """Cover DH by programs of `wide` columns each."""
+    return Pieces(wide, 0, -(-dim // wide))
 
 
 def empty_saved(q: Tensor, tiles: Tiles | None = None) -> Saved:
@@ -169,7 +255,7 @@ def empty_saved(q: Tensor, tiles: Tiles | None = None) -> Saved:
         Tensors without content.
     """
     batch, heads, length, dim = q.shape
-    tiles = tiles or choose_tiles(dim, q.dtype)
+    tiles = tiles or _default_tiles(q)
     total, chunks = batch * heads, -(-length // tiles.chunk)
     state_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
     return Saved(
@@ -210,11 +296,11 @@ def forward(
     Returns:
         h like q, and what `backward` needs.
     """
-    tiles = tiles or choose_tiles(q.shape[-1], q.dtype)
-    h, saved = torch.empty_like(q), empty_saved(q, tiles)
+    tiles = tiles or _default_tiles(q)
+    h, saved = empty_rows_like(q), empty_saved(q, tiles)
     if q.numel() == 0:
         return h, saved
-    q, k, v = (_with_dense_rows(x) for x in (q, k, v))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     call = _Call(q, (q, k, v, h), tiles, reverse, eps)
     states, sums = saved.states, saved.state_normalisers
     with call.device():
@@ -256,13 +342,13 @@ def backward(
     Returns:
         Gradients of q, k and v in their dtype, of igate and fgate in float32.
     """
-    tiles = tiles or choose_tiles(q.shape[-1], q.dtype)
+    tiles = tiles or _default_tiles(q)
     saved = Saved(*saved)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (empty_rows_like(x) for x in (q, k, v))
     digate, dfgate = torch.empty_like(igate), torch.empty_like(fgate)
     if q.numel() == 0:
         return dq, dk, dv, digate, dfgate
-    q, k, v, h, dh = (_with_dense_rows(x) for x in (q, k, v, h, dh.to(q.dtype)))
+    q, k, v, h, dh = (rows_contiguous(x) for x in (q, k, v, h, dh.to(q.dtype)))
     call = _Call(q, (q, k, v, h, dh, dq, dk, dv), tiles, reverse, eps)
     total, length, parts = call.total, call.length, tiles.state_gradient.columns.split
     states = torch.empty_like(saved.states)
@@ -280,11 +366,6 @@ def backward(
         call.product(VALUE_GRADIENT, k, q, dh, dv, v, states, sums, saved, read_inverse, inverse, delta, None)
         call.gate_gradients(query_dot, key_dot, crossing, fgate, digate, dfgate)
     return dq, dk, dv, digate, dfgate
-
-
-def _with_dense_rows(x: Tensor) -> Tensor:
-    """x itself if its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 class _Call:
@@ -307,8 +388,7 @@ class _Call:
         self.scale = 1 / math.sqrt(self.dim)
         aligned = all(stride % ALIGNMENT == 0 for x in tensors for stride in _strides(x))
         self.unit = ALIGNMENT if aligned else 1
-        tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        self.precision = 'tf32' if tf32 else 'ieee'
+        self.precision = dot_precision(q.dtype)
         self.scan_blocks = -(-self.dim * self.dim // tiles.scan.block)
 
     def device(self) -> contextlib.AbstractContextManager:
@@ -347,8 +427,9 @@ class _Call:
         tiles, is_backward = self.tiles.scan, crossing is not None
         kernels.state_scan_kernel[(self.total * (self.scan_blocks + 1),)](
             states, sums, saved.states, saved.state_normalisers, saved.border, crossing if is_backward else sums,
-            self.total, self.chunks, self.tile_count, PER_CHUNK=self.tiles.chunk // self.tiles.tile, STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks,
-            BLOCK=tiles.block, WIDTH=_power_of_two(self.dim),
+            self.total, self.chunks, self.tile_count, PER_CHUNK=self.tiles.chunk // self.tiles.tile,
+            STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks, BLOCK=tiles.block,
+            WIDTH=_power_of_two(self.dim),
             PARTS=self.tiles.state_gradient.columns.split if is_backward else 1, BACKWARD=is_backward,
             STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip

@@ -15,9 +15,9 @@ so that tiles off the diagonal only scale rows and columns. On the diagonal g an
 relative to the tile's own E[j+1], each as a float32 and its remainder.
 
 With R[c] the E before chunk c, the state before the chunk is C[c] = sum_{s < c} exp(g_s - R[c]) k_s v_s^T, and its
-gradient is sum_{t >= c} exp(R[c] - M_t) / d_t q_t dh_t^T, d_t being the denominator of h_t. Both recurrences have factors
-<= 1 and need no rescaling. With delta_t = -sign(n_t) * (h_t . dh_t), or 0 where the floor exp(-m) is active, output and
-gradients are four products of one form, which `product_kernel` computes:
+gradient is sum_{t >= c} exp(R[c] - M_t) / d_t q_t dh_t^T, d_t being the denominator of h_t. Both recurrences have
+factors <= 1 and need no rescaling. With delta_t = -sign(n_t) * (h_t . dh_t), or 0 where the floor exp(-m) is active,
+output and gradients are four products of one form, which `product_kernel` computes:
 
     h_t  = sum_{s <= t} (q_t . k_s)            w_ts v_s  / d_t
     dq_t = sum_{s <= t} (dh_t . v_s + delta_t) w_ts k_s  / d_t
@@ -72,7 +72,7 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _weight(exponent):
-    """exp of a float64 difference that is at most 0 but for rounding."""
+    """Exp of a float64 difference that is at most 0 but for rounding."""
     return tl.exp(tl.minimum(exponent.to(tl.float32), 0.0))
 
 
@@ -170,7 +170,7 @@ def _store_rows(base, rows, columns, step, rows_left, values, DH: tl.constexpr):
 
 @triton.jit
 def _state_product(accumulator, left, right, PRECISION: tl.constexpr):
-    """accumulator + left @ right for products with states.
+    """Accumulator + left @ right for products with states.
 
     States of float16 sequences exceed float16. They are kept in float32 and multiplied as TF32, which holds float16's
     digits exactly.
@@ -197,7 +197,7 @@ def _head_start(base, program, heads, batch_stride, head_stride, UNIT: tl.conste
 
 @triton.jit
 def _outer_product(accumulator, scaled, right, PRECISION: tl.constexpr):
-    """accumulator + scaled^T @ right, scaled in float32, by the rules of `_state_product`."""
+    """Accumulator + scaled^T @ right, scaled in float32, by the rules of `_state_product`."""
     if right.dtype == tl.float16:
         return tl.dot(tl.trans(scaled), right.to(tl.float32), accumulator, input_precision='tf32')
     return tl.dot(tl.trans(scaled.to(right.dtype)), right, accumulator, input_precision=PRECISION)
@@ -323,10 +323,10 @@ def _border_decay(borders, chunk, tiles, PER_CHUNK: tl.constexpr):
 @triton.jit(do_not_specialize=['total_heads', 'chunks', 'tiles'])
 def state_scan_kernel(
     states, state_normalisers, other_states, other_normalisers, border, crossing, total_heads, chunks, tiles,
-    PER_CHUNK: tl.constexpr, STATE: tl.constexpr, DH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    PARTS: tl.constexpr, BACKWARD: tl.constexpr, STAGES: tl.constexpr,
+    PER_CHUNK: tl.constexpr, STATE: tl.constexpr, DH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, BACKWARD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Replace each chunk's contribution by the state before it (backward: the gradient of the state after it), in place.
+    """Replace each chunk's contribution by the state before it, or by the gradient of the state after it, in place.
 
     The last of the BLOCKS + 1 programs of a head carries the normaliser, whose PARTS it adds. Backward, `crossing`
     receives at c this block's share of the products <C[c], gradient of C[c]>: what the gates at the border are due.
@@ -374,7 +374,7 @@ def gate_gradient_kernel(
     query_dot, key_dot, crossing, fgate, igate_gradient, fgate_gradient, total_heads, length, chunks, scale,
     SPLIT: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """di = k . dk and df = sigmoid(-f) * sum_{t >= u} (q . dq - k . dk).
+    """Di = k . dk and df = sigmoid(-f) * sum_{t >= u} (q . dq - k . dk).
 
     The sum runs inside the chunk only; all later chunks together are the product of the state at the border with its
     gradient. A sum over the whole sequence would add up the rounding errors of all positions.
@@ -434,7 +434,7 @@ def _from_state(
 
     `depth` is DH, or 0 where there is no other chunk.
     """
-    TRANSPOSED: tl.constexpr = (PRODUCT == QUERY_GRADIENT) or (PRODUCT == KEY_GRADIENT)
+    TRANSPOSED: tl.constexpr = (PRODUCT == QUERY_GRADIENT) | (PRODUCT == KEY_GRADIENT)
     out_a, sums = tl.zeros([TILE, CA], tl.float32), tl.zeros([TILE], tl.float32)
     out_b = tl.zeros([TILE, CB], tl.float32) if CB > 0 else sums
     for begin in range(0, depth, BK):
@@ -532,13 +532,13 @@ def product_kernel(
     DELTAS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr,
     REVERSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One of the four products of this module's head: a tile of rows of `out`, of which SPLIT programs hold CA + CB columns.
+    """One of the four products: a tile of rows of `out`, of which SPLIT programs hold CA + CB columns each.
 
     `x @ y^T` is summed in pieces KA + KB >= DH (in steps of BK where y is a state). `partner` is what the rows of `out`
     are multiplied with for the gradients of the gates. For gradients of k and v, `read` is the stored read / d.
     """
     MIRRORED: tl.constexpr = PRODUCT >= KEY_GRADIENT
-    WITH_DELTA: tl.constexpr = (PRODUCT == QUERY_GRADIENT) or (PRODUCT == KEY_GRADIENT)
+    WITH_DELTA: tl.constexpr = (PRODUCT == QUERY_GRADIENT) | (PRODUCT == KEY_GRADIENT)
     block = tl.program_id(0) % SPLIT
     tiles = tl.cdiv(length, TILE)
     head = tl.program_id(0) // (SPLIT * tiles)
@@ -579,10 +579,7 @@ def product_kernel(
         carry = _weight(tl.load(borders + chunk * (CHUNK // TILE)) - reference) * scale * row_weight
         depth = tl.where(chunk == 0, 0, DH)
         stream_from, stream_to = chunk * CHUNK, tl.minimum(first + TILE, length)
-    if PRODUCT == QUERY_GRADIENT:
-        row_delta = _add_parts(delta, part_stride, position, known, DELTAS)
-    else:
-        row_delta = rows
+    row_delta = _add_parts(delta, part_stride, position, known, DELTAS) if PRODUCT == QUERY_GRADIENT else rows
 
     column_a = block * (CA + CB) + tl.arange(0, CA)
     column_b = block * (CA + CB) + CA + tl.arange(0, CB) if CB > 0 else column_a

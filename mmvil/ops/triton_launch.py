@@ -246,10 +246,10 @@ def why_not_on_device(device_type: str, index: int | None) -> str | None:
         return 'the package triton is not installed'
     if interpreting():
         return None
-    if device_type != 'cuda':
-        return f'the tensors are on {device_type!r}, the kernels need a CUDA device'
     if not torch.cuda.is_available():
         return 'there is no CUDA device'
+    if device_type != 'cuda':
+        return f'the tensors are on {device_type!r}, the kernels need a CUDA device'
     if torch.version.hip is not None:
         return 'the kernels have not been tried on ROCm'
     capability = torch.cuda.get_device_capability(index)

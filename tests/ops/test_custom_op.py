@@ -153,7 +153,7 @@ def test_triton_refuses_what_it_cannot_do(dtype: torch.dtype, dim: int, message:
 def test_refusal_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TRITON_INTERPRET', '0')
     inputs, _ = make_inputs(SHAPE)
-    with pytest.raises(ValueError, match='need a CUDA device'):
+    with pytest.raises(ValueError, match='CUDA device'):
         mlstm(*inputs, backend='triton')
     if not torch.cuda.is_available():
         assert 'CUDA' in available_backends()['triton']
