@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 
 from ..datasets.vtab_sources import DataRoot
-from ..datasets.vtab_tasks import select_tasks
+from ..datasets.vtab_tasks import Task, select_tasks
 from .campaign import Campaign, campaign_identity
 from .check import check_root
 from .models import ModelFactory, hash_file
@@ -88,19 +89,13 @@ def run_campaign(
     elif settings.optim_wrapper.get('type') == 'AmpOptimWrapper':
         say('no GPU: training runs in float32, not in bf16')
     root = DataRoot(data_root)
-    checkpoint_hash = hash_file(checkpoint) if checkpoint is not None else None
     factory = ModelFactory(settings, checkpoint, torch_device, from_scratch)
     # Fails here, before anything is written, if the backbone has no depths for the layer-wise decay.
     build_optimizer(factory.fresh(2, 0), settings, settings.protocol.learning_rates[0], settings.protocol.epochs * 100)
-    identity = campaign_identity(settings, checkpoint_hash, root.is_smoke)
+    identity = campaign_identity(settings, hash_file(checkpoint) if checkpoint is not None else None, root.is_smoke)
     campaign = Campaign.start_or_join(work_dir, identity, describe_environment(torch_device))
     _announce(campaign, factory, place, say)
-    seconds, step, image = estimate_seconds(factory, settings, campaign, chosen, root, phases)
-    say(
-        f'estimate: {format_duration(seconds / place.count)} with {place.count} worker(s) like this one '
-        f'({settings.protocol.batch_size / step:.0f} training and {1 / image:.0f} evaluation images/s); reading and '
-        'decoding the images comes on top'
-    )
+    say(_estimate(factory, settings, campaign, chosen, root, phases, place))
     Worker(campaign, settings, factory, data_root, chosen, phases, place, say, poll_seconds).work()
     return campaign
 
@@ -126,4 +121,22 @@ def _announce(campaign: Campaign, factory: ModelFactory, place: WorkerPlace, say
     say(
         f'worker {place.index} of {place.count} on {factory.device}; backbone with {factory.num_parameters:,} '
         f'parameters, head on {factory.in_channels} channels; results in {campaign.work_dir}'
+    )
+
+
+def _estimate(
+    factory: ModelFactory,
+    settings: Config,
+    campaign: Campaign,
+    tasks: Sequence[Task],
+    root: DataRoot,
+    phases: Sequence[str],
+    place: WorkerPlace,
+) -> str:
+    """Write how long the open runs will take."""
+    seconds, step, image = estimate_seconds(factory, settings, campaign, tasks, root, phases)
+    return (
+        f'estimate: {format_duration(seconds / place.count)} with {place.count} worker(s) like this one '
+        f'({settings.protocol.batch_size / step:.0f} training and {1 / image:.0f} evaluation images/s); reading and '
+        'decoding the images comes on top'
     )

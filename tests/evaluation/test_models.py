@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from mmvil.convert import mmvil_to_official
 from mmvil.evaluation.models import ModelFactory, is_official
 from mmvil.evaluation.protocol import load_settings
 
+CONFIGS = Path(__file__).parents[2] / 'configs' / 'vtab'
 RESIZE = [dict(type='mmpretrain.Resize', scale=(8, 8))]
 VIL = dict(
     type='mmvil.VisionLSTM',
@@ -54,6 +57,16 @@ def test_any_backbone_with_a_pooled_output(cpu, backbone, neck, width):
     assert factory.in_channels == width
     model = factory.fresh(7, 0)
     assert model(torch.zeros(2, 3, 8, 8), mode='tensor').shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ('name', 'width', 'parameters'), [('vil-tiny', 384, 6_391_528 - 385_000), ('deit-tiny', 192, 5_524_416)]
+)
+def test_configs_build_in_full_size(cpu, name, width, parameters):
+    factory = ModelFactory(load_settings(CONFIGS / f'{name}_vtab1k.py'), None, cpu, from_scratch=True)
+    assert factory.input_size == (224, 224)
+    assert factory.in_channels == width
+    assert factory.num_parameters == parameters
 
 
 @pytest.mark.parametrize('backbone', [dict(VIL, out_type='featmap'), dict(type='ResNet', depth=18)])
