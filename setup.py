@@ -34,7 +34,7 @@ TEST = [
 setup(
     name='mmvil',
     version=VERSION['__version__'],
-    description='Vision-LSTM for OpenMMLab: backbone, mLSTM operators, ImageNet recipes and the published weights',
+    description='Vision-LSTM for OpenMMLab: backbone, Triton mLSTM operators, ImageNet recipes, published weights',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8') if (ROOT / 'README.md').is_file() else '',
     long_description_content_type='text/markdown',
     license='Apache-2.0',

@@ -72,7 +72,7 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _weight(exponent):
-    """Exp of a float64 difference that is at most 0 but for rounding."""
+    """Compute exp of a float64 difference that is at most 0 but for rounding."""
     return tl.exp(tl.minimum(exponent.to(tl.float32), 0.0))
 
 
@@ -170,7 +170,7 @@ def _store_rows(base, rows, columns, step, rows_left, values, DH: tl.constexpr):
 
 @triton.jit
 def _state_product(accumulator, left, right, PRECISION: tl.constexpr):
-    """Accumulator + left @ right for products with states.
+    """Add left @ right to the accumulator, for products with states.
 
     States of float16 sequences exceed float16. They are kept in float32 and multiplied as TF32, which holds float16's
     digits exactly.
@@ -182,7 +182,7 @@ def _state_product(accumulator, left, right, PRECISION: tl.constexpr):
 
 @triton.jit
 def _inverse_denominator(normaliser, stabiliser, eps):
-    """1 / (max(|n|, exp(-m)) + eps), 0 where exp(-m) overflows; and whether |n| is the larger."""
+    """Compute 1 / (max(|n|, exp(-m)) + eps), 0 where exp(-m) overflows; and whether |n| is the larger."""
     floor = tl.exp(tl.minimum(-stabiliser, LARGEST_EXPONENT))
     inverse = 1.0 / (tl.maximum(tl.abs(normaliser), floor) + eps)
     return tl.where(-stabiliser > LARGEST_EXPONENT, 0.0, inverse), tl.abs(normaliser) > floor
@@ -197,7 +197,7 @@ def _head_start(base, program, heads, batch_stride, head_stride, UNIT: tl.conste
 
 @triton.jit
 def _outer_product(accumulator, scaled, right, PRECISION: tl.constexpr):
-    """Accumulator + scaled^T @ right, scaled in float32, by the rules of `_state_product`."""
+    """Add scaled^T @ right to the accumulator, scaled in float32, by the rules of `_state_product`."""
     if right.dtype == tl.float16:
         return tl.dot(tl.trans(scaled), right.to(tl.float32), accumulator, input_precision='tf32')
     return tl.dot(tl.trans(scaled.to(right.dtype)), right, accumulator, input_precision=PRECISION)
@@ -315,7 +315,7 @@ def chunk_state_kernel(
 
 @triton.jit
 def _border_decay(borders, chunk, tiles, PER_CHUNK: tl.constexpr):
-    """exp(R[c] - R[c+1])."""
+    """Compute exp(R[c] - R[c+1])."""
     after = tl.minimum(chunk * PER_CHUNK + PER_CHUNK, tiles)
     return _weight(tl.load(borders + chunk * PER_CHUNK) - tl.load(borders + after))
 
@@ -374,7 +374,7 @@ def gate_gradient_kernel(
     query_dot, key_dot, crossing, fgate, igate_gradient, fgate_gradient, total_heads, length, chunks, scale,
     SPLIT: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Di = k . dk and df = sigmoid(-f) * sum_{t >= u} (q . dq - k . dk).
+    """Compute di = k . dk and df = sigmoid(-f) * sum_{t >= u} (q . dq - k . dk).
 
     The sum runs inside the chunk only; all later chunks together are the product of the state at the border with its
     gradient. A sum over the whole sequence would add up the rounding errors of all positions.
@@ -407,7 +407,7 @@ def gate_gradient_kernel(
 
 @triton.jit
 def _diagonal_weight(g_high, g_low, highest_high, highest_low, s, t):
-    """exp(g_s - M_t) where s <= t, else 0; the arguments are already shaped as rows and columns.
+    """Compute exp(g_s - M_t) where s <= t, else 0; the arguments are already shaped as rows and columns.
 
     The remainders keep all digits where gates are so steep that g and M are far below the tile's border, yet close to
     each other.

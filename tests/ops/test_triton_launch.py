@@ -101,6 +101,8 @@ def test_float32_products_follow_the_tf32_switch() -> None:
 
 
 @pytest.mark.parametrize('dim', [1, 96, 192, 384, 512])
-def test_short_sequences_are_quadratic_and_long_ones_chunkwise(dim: int) -> None:
+def test_chunkwise_form_is_for_long_sequences_and_on_demand(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_form(65536, dim) == 'quadratic'
+    monkeypatch.setattr('mmvil.ops.triton_launch.CHUNKWISE_ALLOWED', True)
     assert choose_form(196, dim) == 'quadratic'
     assert choose_form(65536, dim) == 'chunkwise'
