@@ -41,12 +41,14 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmvil', 'mmvil.*']),
+    package_data={'mmvil.datasets': ['*.json']},
     install_requires=['torch>=2.6', 'numpy>=1.24', 'triton>=3.2; sys_platform == "linux"'],
     extras_require={
         'openmmlab': OPENMMLAB,
         'test': TEST,
         'bench': [*OPENMMLAB, 'timm>=1.0'],
         'docs': ['matplotlib>=3.7'],
+        'tfds': ['tensorflow-datasets>=4.9', 'tensorflow'],  # only to prepare VTAB-1K from its origin
     },
     classifiers=[
         'Intended Audience :: Science/Research',

@@ -3,5 +3,6 @@
 from .checked import CustomDataset, ImageNet
 from .digits import Digits
 from .transforms import LoadCheckedImage
+from .vtab import VTAB1K
 
-__all__ = ['CustomDataset', 'Digits', 'ImageNet', 'LoadCheckedImage']
+__all__ = ['VTAB1K', 'CustomDataset', 'Digits', 'ImageNet', 'LoadCheckedImage']
