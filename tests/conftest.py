@@ -8,6 +8,12 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let each of several worker processes use one thread; more of them would wait for each other."""
+    if hasattr(config, 'workerinput'):
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device."""
     if torch.cuda.is_available():
