@@ -223,6 +223,7 @@ def _build_classifier(backbone: dict, num_classes: int, in_channels: int) -> nn.
     return MODELS.build(
         {
             'type': 'mmpretrain.ImageClassifier',
+            '_scope_': 'mmpretrain',  # the loss inside of the head is named without a scope
             'data_preprocessor': {
                 'type': 'mmpretrain.ClsDataPreprocessor',
                 'num_classes': num_classes,

@@ -1,11 +1,23 @@
 """Fixtures and rules of the whole suite."""
 
+import os
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Without a CUDA device the kernels run in Triton's interpreter. Triton looks when it is imported, which the package
+    # puts off, but the compiler of torch does not.
+    os.environ['TRITON_INTERPRET'] = '1'
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let each of several worker processes use one thread; more of them would wait for each other."""
+    if hasattr(config, 'workerinput'):
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

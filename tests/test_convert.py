@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from torch import Tensor
 
 from mmvil import from_official
@@ -47,6 +48,14 @@ def test_reading_of_shapes() -> None:
     assert rebuilt.norm is None
     image = torch.randn(2, 1, 24, 40)
     assert torch.equal(rebuilt(image)[-1], backbone.eval()(image)[-1])
+
+
+@pytest.mark.parametrize('scope', ['mmengine', 'mmseg'])
+def test_any_default_scope_will_do(scope: str) -> None:
+    with DefaultScope.overwrite_default_scope(scope):
+        model = from_official(published('v2'))
+        assert DefaultScope.get_current_instance().scope_name == scope
+    assert type(model.head.loss_module).__module__.startswith('mmpretrain.')
 
 
 def test_other_class_count_starts_a_new_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,9 @@
-"""Without a CUDA device the Triton kernels run in Triton's interpreter; uninitialised memory is NaN either way."""
+"""Uninitialised memory is NaN in the tests of the operators."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = (
-        '1'  # read when the kernels are imported, which the package puts off until they run
-    )
 
 
 @pytest.fixture(autouse=True)
