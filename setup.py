@@ -27,9 +27,6 @@ TEST = [
     'pytest-xdist>=3',
     'hypothesis>=6',
     'ruff>=0.8',
-    'onnx>=1.17',
-    'onnxscript>=0.3',
-    'onnxruntime>=1.19',
 ]
 
 setup(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / 'configs/vil/vil-nano_1xb64-20e_digits.py'
@@ -26,6 +27,7 @@ QUICK = [
 
 def run(tool, *words):
     """Run a tool of this repository in this process."""
+    MMLogger._instance_dict.clear()  # two runs of one process within a second would share a log file
     arguments = sys.argv
     sys.argv = [tool, *map(str, words)]
     try:
