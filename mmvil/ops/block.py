@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from . import block_kernels as kernels
+from . import block_norm_kernels as norm_kernels
 from .triton_launch import dot_precision
 
 __all__ = ['BlockShape', 'Cell', 'block_backward', 'block_forward']
@@ -84,7 +85,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     out = torch.empty_like(x, dtype=dtype)
     width = triton.next_power_of_2(dims)
     height = max(1, SETTINGS['norm'][0] // width)
-    kernels.layer_norm_kernel[(triton.cdiv(rows, height),)](
+    norm_kernels.layer_norm_kernel[(triton.cdiv(rows, height),)](
         x, weight, weight if bias is None else bias, out, rows, dims, NORM_EPS, HAS_BIAS=bias is not None,
         BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
@@ -102,7 +103,7 @@ def _layer_norm_backward(
     steps = max(1, triton.cdiv(rows, height * SETTINGS['norm_backward'][2]))
     programs = triton.cdiv(rows, height * steps)
     sums = x.new_empty(programs, 3, dims, dtype=torch.float32)
-    kernels.layer_norm_backward_kernel[(programs,)](
+    norm_kernels.layer_norm_backward_kernel[(programs,)](
         x, weight, dnorm, dout, dbranch, dx, sums, rows, dims, NORM_EPS, steps, BM=height, BD=width,
         num_warps=SETTINGS['norm_backward'][1],
     )  # fmt: skip
@@ -186,7 +187,7 @@ def _output(shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, weights: dict[st
     width = triton.next_power_of_2(dim)
     height = max(1, SETTINGS['output'][0] // width)
     bias = weights['head_b']
-    kernels.output_kernel[(triton.cdiv(shape.tokens, height), shape.heads, shape.batch)](
+    norm_kernels.output_kernel[(triton.cdiv(shape.tokens, height), shape.heads, shape.batch)](
         h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
         weights['head_w'] if bias is None else bias, weights['skip'], y, shape.tokens, shape.inner, NORM_EPS,
         HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=SETTINGS['output'][1],
@@ -301,7 +302,7 @@ def _output_backward(
     blocks = triton.cdiv(shape.tokens, height * steps)
     sums = c.new_empty(shape.batch * blocks, 4, shape.inner, dtype=torch.float32)
     bias = weights['head_b']
-    kernels.output_backward_kernel[(blocks, shape.heads, shape.batch)](
+    norm_kernels.output_backward_kernel[(blocks, shape.heads, shape.batch)](
         h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
         weights['head_w'] if bias is None else bias, weights['skip'], dy, y, dz, dz.stride(0), dz.stride(1), dh, dc,
         sums, shape.tokens, shape.inner, NORM_EPS, steps, blocks, HAS_BIAS=bias is not None, DH=dim, BM=height,
