@@ -196,7 +196,8 @@ class VisionLSTM(BaseModule):
         tokens = self.patch_embed(x)
         grid = (tokens.shape[1], tokens.shape[2])
         positions = resample_positions(self.pos_embed, grid, self.interpolate_mode)
-        tokens = (tokens + positions).flatten(1, 2)  # under autocast the residual stream is float32 from here
+        # Under autocast the residual stream is float32 from here on; token-major, or every norm would copy it.
+        tokens = (tokens + positions).flatten(1, 2).contiguous()
         outputs = {}
         for index, block in enumerate(self.blocks):
             if self.with_cp and torch.is_grad_enabled():
