@@ -7,25 +7,28 @@ gates and the cell's output with its statistics; everything else is computed aga
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from . import block_backward_kernels as backward_kernels
 from . import block_kernels as kernels
 from . import block_norm_kernels as norm_kernels
 from .triton_launch import dot_precision
 
-__all__ = ['BlockShape', 'Cell', 'block_backward', 'block_forward']
+__all__ = ['BlockShape', 'block_backward', 'block_forward']
 
 STRIP_COLUMNS = 16
-# Channels or elements of a tile, warps, and where there is a third number, programs aimed at.
+# Channels or elements of a tile, warps, and where there is a third number, programs aimed at. The backward mixing
+# kernel takes the forward one's tiles.
 SETTINGS = {
     'norm': (4096, 4),
     'norm_backward': (1024, 1, 2048),
     'mix': (32, 1),
-    'mix_backward': (32, 2),
+    'mix_backward_warps': 2,
     'conv_backward': (32, 4),
     'output': (2048, 4),
     'output_backward': (512, 1),
@@ -70,13 +73,6 @@ class BlockShape:
     def first_tap(self) -> int:
         """Place of a causal convolution's first tap relative to the current token."""
         return 0 if self.reverse else -3
-
-
-class Cell:
-    """Forward and backward functions of the mLSTM cell, as the block calls them."""
-
-    forward: staticmethod
-    backward: staticmethod
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -197,7 +193,7 @@ def _output(shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, weights: dict[st
 
 def block_forward(
     shape: BlockShape,
-    cell: Cell,
+    cell: ModuleType,
     x: Tensor,
     weights: dict[str, Tensor | None],
     dtype: torch.dtype,
@@ -207,7 +203,7 @@ def block_forward(
 
     Args:
         shape: Sizes and direction.
-        cell: The mLSTM's forward and backward.
+        cell: Module with the mLSTM's `forward` and `backward`, such as `triton_quadratic`.
         x: Residual stream, (B, S, D), contiguous.
         weights: The block's parameters by short name; see `mmvil.ops.block_op`.
         dtype: Type that activations are stored in and multiplied as.
@@ -237,14 +233,14 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def block_backward(
-    shape: BlockShape, cell: Cell, dout: Tensor, x: Tensor, u: Tensor, gates: Tensor, h: Tensor,
+    shape: BlockShape, cell: ModuleType, dout: Tensor, x: Tensor, u: Tensor, gates: Tensor, h: Tensor,
     statistics: Sequence[Tensor], weights: dict[str, Tensor | None], scale: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Gradients of one block.
 
     Args:
         shape: Sizes and direction.
-        cell: The mLSTM's forward and backward.
+        cell: Module with the mLSTM's `forward` and `backward`, such as `triton_quadratic`.
         dout: Gradient of the new residual stream, (B, S, D).
         x: The block's input.
         u: From the forward pass.
@@ -333,17 +329,17 @@ def _mix_backward(
     if any(t.stride() != dqkv[0].stride() or t.stride(-1) != 1 for t in dqkv):
         dqkv = [t.contiguous() for t in dqkv]
     sums = a.new_empty(groups * strips, 3 * inner * (block + 1) + 2 * gates * inner + gates, dtype=torch.float32)
-    kernels.mix_backward_kernel[(parts, strips, groups)](
+    backward_kernels.mix_backward_kernel[(parts, strips, groups)](
         a, a.stride(0), a.stride(1), conv, weights['conv_b'], square, tall, *dqkv, *dqkv[0].stride()[:3], dgates, dc,
         dpre, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows, width, inner, inner // heads,
         height, row_blocks, strips, batches, shape.first_tap, IS_2D=shape.two_dimensional, QB=block, HEADS=heads,
         PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=gates,
-        num_warps=SETTINGS['mix_backward'][1],
+        num_warps=SETTINGS['mix_backward_warps'],
     )  # fmt: skip
     matrices = a.new_empty(3, inner // block, block, block, dtype=torch.float32)
     biases = a.new_empty(3, inner, dtype=torch.float32)
     grads['wg'] = a.new_empty(2 * heads, 3 * inner, dtype=torch.float32)
-    kernels.finish_kernel[(parts,)](
+    backward_kernels.finish_kernel[(parts,)](
         sums.sum(0), square, weights['wg'], *_biases(weights), matrices, biases, grads['wg'], inner, QB=block,
         HEADS=heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
     )  # fmt: skip
@@ -363,7 +359,9 @@ def _conv_backward(
     rows, width = shape.walk
     taps = conv.shape[1]
     sums = a.new_empty(groups * strips, taps + 2, shape.inner, dtype=torch.float32)
-    kernel = kernels.conv2d_backward_kernel if shape.two_dimensional else kernels.conv1d_backward_kernel
+    kernel = (
+        backward_kernels.conv2d_backward_kernel if shape.two_dimensional else backward_kernels.conv1d_backward_kernel
+    )
     extra = () if shape.two_dimensional else (shape.first_tap,)
     kernel[(parts, strips, groups)](
         a, a.stride(0), a.stride(1), dpre, conv, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvil.ops import available_backends, mlstm
+from mmvil.ops.mlstm import _choose_backend
 
 from .definition import NAMES, assert_all_close, mlstm_by_definition, output_and_gradients, random_inputs
 
@@ -348,3 +349,11 @@ def test_nan_stays_in_its_sample() -> None:
     h = mlstm(*inputs)
     assert torch.isnan(h[0, 0, 5]).all()
     assert torch.isfinite(h[1]).all()
+
+
+@pytest.mark.parametrize(
+    ('dim', 'length', 'expected'),
+    [(16, 128, 'parallel'), (96, 196, 'chunkwise'), (384, 196, 'parallel'), (384, 1024, 'chunkwise')],
+)
+def test_auto_weighs_length_against_head_size_on_a_cpu(dim: int, length: int, expected: str) -> None:
+    assert _choose_backend('auto', torch.zeros(1, 1, length, dim)) == expected
