@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_quadratic_kernels as kernels
+from . import triton_quadratic_kernels
+from .fast_launch import FastKernels
 from .triton_launch import (
     DeviceLimits,
     Tiles,
@@ -23,6 +24,8 @@ from .triton_launch import (
 )
 
 __all__ = ['backward', 'empty_saved', 'forward', 'tile_candidates']
+
+kernels = FastKernels(triton_quadratic_kernels)
 
 STATS_PLANES = 7
 ROW_PLANES = 5
