@@ -14,12 +14,15 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import block_backward_kernels as backward_kernels
-from . import block_kernels as kernels
-from . import block_norm_kernels as norm_kernels
+from . import block_backward_kernels, block_kernels, block_norm_kernels
+from .fast_launch import FastKernels
 from .triton_launch import dot_precision
 
 __all__ = ['BlockShape', 'block_backward', 'block_forward']
+
+kernels = FastKernels(block_kernels)
+norm_kernels = FastKernels(block_norm_kernels)
+backward_kernels = FastKernels(block_backward_kernels)
 
 STRIP_COLUMNS = 16
 # Channels or elements of a tile, warps, and where there is a third number, programs aimed at. The backward mixing

@@ -100,6 +100,19 @@ def test_what_is_not_covered_says_so() -> None:
     hooked = ViLBlock(16, fused=True)
     hooked.layer.register_forward_hook(lambda *_: None)
     assert 'hook' in why_not_fused(hooked, x)
+    changed = ViLBlock(16, fused=True)
+    changed.layer.proj_up = torch.nn.Sequential(changed.layer.proj_up)
+    assert 'Sequential has taken the place' in why_not_fused(changed, x)
+    patched = ViLBlock(16, fused=True)
+    patched.layer.forward = lambda x, grid: x
+    assert 'forward of a ViLLayer' in why_not_fused(patched, x)
+    hooked = ViLBlock(16, fused=True)
+    hooked.norm.register_full_backward_hook(lambda *_: None)
+    assert 'hook' in why_not_fused(hooked, x)
+    parametrised = ViLBlock(16, fused=True)
+    before = why_not_fused(parametrised, x)
+    torch.nn.utils.parametrizations.weight_norm(parametrised.layer.proj_down)
+    assert why_not_fused(parametrised, x) == before
 
 
 @pytest.mark.gpu
