@@ -16,18 +16,24 @@ from torch import Tensor
 
 from . import block_backward_kernels as backward_kernels
 from . import block_kernels as kernels
+from . import block_mix_kernels as mix_kernels
 from . import block_norm_kernels as norm_kernels
 from .triton_launch import dot_precision
 
 __all__ = ['BlockShape', 'block_backward', 'block_forward']
 
 STRIP_COLUMNS = 16
-# Channels or elements of a tile, warps, and where there is a third number, programs aimed at. The backward mixing
-# kernel takes the forward one's tiles.
+# Channels and pairs of tokens of a program of the forward mixing kernel, fixed by how its threads hold them.
+MIX_CHANNELS = 32
+MIX_PAIRS = 8
+# Channels, elements or tokens of a tile, warps, and where there is a third number, programs aimed at. 'mix' is for the
+# backward mixing kernel; 'mix_rows' are the steps of a program of the forward one, over a grid and over a sequence.
 SETTINGS = {
     'norm': (4096, 4),
     'norm_backward': (1024, 1, 2048),
     'mix': (32, 1),
+    'mix_rows': (4, 4),
+    'gates': (32, 1),
     'mix_backward_warps': 2,
     'conv_backward': (32, 4),
     'output': (2048, 4),
@@ -116,7 +122,7 @@ def _strips(shape: BlockShape, columns: int = STRIP_COLUMNS) -> tuple[int, int, 
 
 def _channels(shape: BlockShape, most: int) -> int:
     """Channels of a tile: a power of two that holds whole blocks."""
-    return max(16, min(most, triton.next_power_of_2(shape.inner)))
+    return max(32, min(most, triton.next_power_of_2(shape.inner)))
 
 
 def _gate_width(shape: BlockShape) -> int:
@@ -129,40 +135,87 @@ def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
     return [weights['conv_b'] if weights[name] is None else weights[name] for name in ('bq', 'bk', 'bv')]
 
 
-def _prepare(shape: BlockShape, weights: dict[str, Tensor | None], channels: int, dtype: torch.dtype) -> list[Tensor]:
-    """Weights in tiles of `channels` channels; see `prepare_kernel`."""
+@dataclass(frozen=True)
+class MixWeights:
+    """What the forward kernels read besides the plain weights; see `prepare_kernel`.
+
+    Attributes:
+        constant: (parts, BG) float32, what the projections' biases add to the gates.
+        matrices: (E / 32, 3, 32, 32), the projections.
+        gate_matrices: (E / 32, 2, 32, BG), maps from c and a to the gates.
+    """
+
+    constant: Tensor
+    matrices: Tensor
+    gate_matrices: Tensor
+
+
+def _prepare(
+    shape: BlockShape, weights: dict[str, Tensor | None], channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, MixWeights]:
+    """Weights in tiles of `channels` channels, and what `_mix` reads; see `prepare_kernel`."""
     parts, gates = triton.cdiv(shape.inner, channels), _gate_width(shape)
+    groups = parts * channels // MIX_CHANNELS
     square = weights['wq'].new_empty(parts, 3, channels, channels, dtype=dtype)
     tall = square.new_empty(parts, 2, channels, gates)
-    constant = square.new_empty(parts, gates, dtype=torch.float32)
+    mix = MixWeights(
+        constant=square.new_empty(parts, gates, dtype=torch.float32),
+        matrices=square.new_empty(groups, 3, MIX_CHANNELS, MIX_CHANNELS),
+        gate_matrices=square.new_empty(groups, 2, MIX_CHANNELS, gates),
+    )
     kernels.prepare_kernel[(parts,)](
-        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], square, tall, constant,
-        shape.inner, QB=shape.block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates,
-        num_warps=4,
+        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], square, tall, mix.constant,
+        mix.matrices, mix.gate_matrices, shape.inner, QB=shape.block, HEADS=shape.heads,
+        HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
     )  # fmt: skip
-    return [square, tall, constant]
+    return square, tall, mix
 
 
 def _mix(
-    shape: BlockShape, a: Tensor, conv: Tensor, prepared: Sequence[Tensor], weights: dict[str, Tensor | None],
-    with_gates: bool,
+    shape: BlockShape, a: Tensor, conv: Tensor, prepared: tuple[Tensor, Tensor, MixWeights],
+    weights: dict[str, Tensor | None], with_gates: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """c, q, k, v (B, S, E) and, if wanted, the gates' pre-activations without bias (2, B, NH, S)."""
-    parts, _, channels, _ = prepared[0].shape
+    """c, q, k, v (B, S, E) and, if wanted, the gates' pre-activations (2, B, NH, S)."""
+    mix = prepared[2]
+    parts, gates = triton.cdiv(shape.inner, MIX_CHANNELS), 2 * shape.heads
     c, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
-    partial = a.new_empty(
-        (parts, 2, shape.batch, shape.heads, shape.tokens) if with_gates else (1,), dtype=torch.float32
-    )
-    height, row_blocks, strips = _strips(shape)
-    rows, width = shape.walk
-    kernels.mix_kernel[(parts, strips, shape.batch)](
-        a, a.stride(0), a.stride(1), conv, weights['conv_b'], *prepared, *_biases(weights), c, q, k, v, partial,
-        shape.batch, shape.tokens, rows, width, shape.inner, height, row_blocks, shape.first_tap,
-        IS_2D=shape.two_dimensional, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, WITH_GATES=with_gates,
-        PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=_gate_width(shape),
-        num_warps=SETTINGS['mix'][1],
+    shares = a.new_empty(parts * shape.batch * shape.tokens * gates if with_gates else 1, dtype=torch.float32)
+    tensors = (
+        a, a.stride(0), a.stride(1), conv, *conv.stride(), weights['conv_b'], mix.matrices, mix.gate_matrices,
+        *_biases(weights), c, q, k, v, shares, shape.batch, shape.tokens,
     )  # fmt: skip
-    return c, q, k, v, partial.sum(0) if with_gates else None
+    options = {
+        'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None, 'WITH_GATES': with_gates,
+        'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
+        'BG': _gate_width(shape), 'num_warps': 1, 'num_stages': 1,
+    }  # fmt: skip
+    if shape.two_dimensional:
+        rows, columns = shape.grid
+        height = SETTINGS['mix_rows'][0]
+        blocks = triton.cdiv(rows, height)
+        strips = triton.cdiv(shape.batch * triton.cdiv(columns, 2), MIX_PAIRS) * blocks
+        mix_kernels.mix2d_kernel[(parts * strips,)](
+            *tensors, rows, columns, shape.inner, height, blocks, parts, **options
+        )
+    else:
+        height = SETTINGS['mix_rows'][1]
+        blocks = triton.cdiv(shape.tokens, 2 * MIX_PAIRS * height)
+        mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
+            *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options
+        )
+    return c, q, k, v, _gates(shape, shares, mix.constant, weights['gate_b']) if with_gates else None
+
+
+def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, bias: Tensor) -> Tensor:
+    """Sum of the gates' shares, (2, B, NH, S)."""
+    gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
+    parts, width = constant.shape
+    tokens, step = shape.batch * shape.tokens, SETTINGS['gates'][0]
+    mix_kernels.gates_kernel[(triton.cdiv(tokens, step),)](
+        shares, constant, bias, gates, shape.batch, shape.tokens, shares.numel() // (tokens * 2 * shape.heads), parts,
+        HEADS=shape.heads, BG=width, BT=step, BN=triton.next_power_of_2(2 * shape.heads), num_warps=SETTINGS['gates'][1],
+    )  # fmt: skip
+    return gates
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -219,7 +272,6 @@ def block_forward(
     conv = _taps(weights['conv_w'], shape.reverse)
     prepared = _prepare(shape, weights, _channels(shape, SETTINGS['mix'][0]), dtype)
     c, q, k, v, gates = _mix(shape, a, conv, prepared, weights, with_gates=True)
-    gates = gates + weights['gate_b'].float().view(2, 1, shape.heads, 1)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
     y = _output(shape, h, c, z, weights)
