@@ -15,10 +15,11 @@ import triton
 from torch import Tensor
 
 from . import block_backward_kernels as backward_kernels
+from . import block_gemm_kernels as gemm_kernels
 from . import block_kernels as kernels
 from . import block_mix_kernels as mix_kernels
 from . import block_norm_kernels as norm_kernels
-from .triton_launch import dot_precision
+from .triton_launch import Tiles, dot_precision, launch_first_fitting
 
 __all__ = ['BlockShape', 'block_backward', 'block_forward']
 
@@ -26,6 +27,8 @@ STRIP_COLUMNS = 16
 # Channels and pairs of tokens of a program of the forward mixing kernel, fixed by how its threads hold them.
 MIX_CHANNELS = 32
 MIX_PAIRS = 8
+COPY_BLOCK = 4096
+DOWN_TILES = (Tiles(64, 128, 4, 4), Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
 # Channels, elements or tokens of a tile, warps, and where there is a third number, programs aimed at. 'mix' is for the
 # backward mixing kernel; 'mix_rows' are the steps of a program of the forward one, over a grid and over a sequence.
 SETTINGS = {
@@ -137,15 +140,17 @@ def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class MixWeights:
-    """What the forward kernels read besides the plain weights; see `prepare_kernel`.
+    """What the forward mixing kernel reads; see `prepare_kernel`.
 
     Attributes:
         constant: (parts, BG) float32, what the projections' biases add to the gates.
+        taps: (taps, E) float32, the convolution's weights, turned for the reading direction.
         matrices: (E / 32, 3, 32, 32), the projections.
         gate_matrices: (E / 32, 2, 32, BG), maps from c and a to the gates.
     """
 
     constant: Tensor
+    taps: Tensor
     matrices: Tensor
     gate_matrices: Tensor
 
@@ -153,22 +158,48 @@ class MixWeights:
 def _prepare(
     shape: BlockShape, weights: dict[str, Tensor | None], channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, MixWeights]:
-    """Weights in tiles of `channels` channels, and what `_mix` reads; see `prepare_kernel`."""
-    parts, gates = triton.cdiv(shape.inner, channels), _gate_width(shape)
-    groups = parts * channels // MIX_CHANNELS
+    """Weights in tiles of `channels` channels for the backward pass, and what `_mix` reads; see `prepare_kernel`."""
+    parts = triton.cdiv(shape.inner, channels)
     square = weights['wq'].new_empty(parts, 3, channels, channels, dtype=dtype)
-    tall = square.new_empty(parts, 2, channels, gates)
-    mix = MixWeights(
-        constant=square.new_empty(parts, gates, dtype=torch.float32),
-        matrices=square.new_empty(groups, 3, MIX_CHANNELS, MIX_CHANNELS),
-        gate_matrices=square.new_empty(groups, 2, MIX_CHANNELS, gates),
-    )
-    kernels.prepare_kernel[(parts,)](
-        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], square, tall, mix.constant,
-        mix.matrices, mix.gate_matrices, shape.inner, QB=shape.block, HEADS=shape.heads,
-        HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
-    )  # fmt: skip
+    tall = square.new_empty(parts, 2, channels, _gate_width(shape))
+    mix, _ = _launch_prepare(shape, weights, channels, dtype, (square, tall), ())
     return square, tall, mix
+
+
+def _prepare_forward(
+    shape: BlockShape, weights: dict[str, Tensor | None], dtype: torch.dtype
+) -> tuple[MixWeights, dict[str, Tensor | None]]:
+    """What `_mix` reads, and the outer projections' weights in dtype, all by one kernel."""
+    return _launch_prepare(shape, weights, MIX_CHANNELS, dtype, None, ('up_w', 'up_b', 'down_w'))
+
+
+def _launch_prepare(
+    shape: BlockShape, weights: dict[str, Tensor | None], channels: int, dtype: torch.dtype,
+    tiles: tuple[Tensor, Tensor] | None, wanted: tuple[str, ...],
+) -> tuple[MixWeights, dict[str, Tensor | None]]:  # fmt: skip
+    """Run `prepare_kernel`; `tiles` are square and tall, `wanted` the weights that are also needed in dtype."""
+    parts, gates = triton.cdiv(shape.inner, channels), _gate_width(shape)
+    groups, taps = parts * channels // MIX_CHANNELS, weights['conv_w'][0].numel()
+    found = {name: weights[name] for name in wanted}
+    lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
+    sizes = {name: lowered[name].numel() if name in lowered else 0 for name in ('up_w', 'up_b', 'down_w')}
+    exact = weights['wq'].new_empty(parts * gates + taps * shape.inner, dtype=torch.float32)
+    constant, turned = exact.split([parts * gates, taps * shape.inner])
+    low = exact.new_empty(groups * MIX_CHANNELS * (3 * MIX_CHANNELS + 2 * gates) + sum(sizes.values()), dtype=dtype)
+    matrices, gate_matrices, *copies = low.split(
+        [groups * 3 * MIX_CHANNELS**2, groups * 2 * MIX_CHANNELS * gates, *sizes.values()]
+    )
+    square, tall = (matrices, gate_matrices) if tiles is None else tiles
+    programs = parts + triton.cdiv(max(sizes.values()), COPY_BLOCK)
+    kernels.prepare_kernel[(programs,)](
+        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], weights['conv_w'], square, tall,
+        constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies,
+        *sizes.values(), parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block, HEADS=shape.heads,
+        HAS_BIAS=weights['bq'] is not None, FOR_BACKWARD=tiles is not None, BC=channels, BG=gates, BLOCK=COPY_BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+    found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
+    return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found
 
 
 def _mix(
@@ -210,10 +241,10 @@ def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, bias: Tensor) ->
     """Sum of the gates' shares, (2, B, NH, S)."""
     gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
     parts, width = constant.shape
-    tokens, step = shape.batch * shape.tokens, SETTINGS['gates'][0]
-    mix_kernels.gates_kernel[(triton.cdiv(tokens, step),)](
-        shares, constant, bias, gates, shape.batch, shape.tokens, shares.numel() // (tokens * 2 * shape.heads), parts,
-        HEADS=shape.heads, BG=width, BT=step, BN=triton.next_power_of_2(2 * shape.heads), num_warps=SETTINGS['gates'][1],
+    step, warps = SETTINGS['gates']
+    mix_kernels.gates_kernel[(triton.cdiv(shape.batch * shape.tokens, step),)](
+        shares, constant, bias, gates, shape.batch, shape.tokens, shares.numel() // gates.numel(), parts,
+        HEADS=shape.heads, BG=width, BT=step, BN=triton.next_power_of_2(2 * shape.heads), num_warps=warps,
     )  # fmt: skip
     return gates
 
@@ -265,23 +296,36 @@ def block_forward(
     Returns:
         The new residual stream, and for the backward pass: u (B, S, 2E), gates (2, B, NH, S), h, the cell's statistics.
     """
+    mix, lowered = _prepare_forward(shape, weights, dtype)
     normalised = layer_norm(x.flatten(0, 1), weights['norm_w'], weights['norm_b'], dtype)
-    u = F.linear(normalised, weights['up_w'].to(dtype), _cast(weights['up_b'], dtype))
+    u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
-    conv = _taps(weights['conv_w'], shape.reverse)
-    prepared = _prepare(shape, weights, _channels(shape, SETTINGS['mix'][0]), dtype)
-    c, q, k, v, gates = _mix(shape, a, conv, prepared, weights, with_gates=True)
+    c, q, k, v, gates = _mix(shape, a, mix.taps.t(), (None, None, mix), weights, with_gates=True)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
     y = _output(shape, h, c, z, weights)
-    branch = F.linear(y, weights['down_w'].to(dtype), _cast(weights['down_b'], dtype))
-    out = x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1).to(x.dtype))
-    return out, u, gates, h, statistics
+    return _down(shape, y, lowered['down_w'], weights['down_b'], x, scale), u, gates, h, statistics
 
 
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+def _down(shape: BlockShape, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, scale: Tensor | None) -> Tensor:
+    """Down-projection of y (B, S, E), weighted by scale per image, added to the residual stream x (B, S, D)."""
+    if y.dtype == torch.float32:  # full products are faster in cuBLAS
+        branch = F.linear(y, weight, None if bias is None else bias.float())
+        return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1).to(x.dtype))
+    out = torch.empty_like(x)
+    rows, dims = shape.batch * shape.tokens, x.shape[-1]
+
+    def launch(tiles: Tiles) -> object:
+        grid = (triton.cdiv(dims, tiles.columns), triton.cdiv(rows, tiles.rows))
+        return gemm_kernels.down_kernel[grid](
+            y, weight, weight if bias is None else bias, x, x if scale is None else scale, out, rows, shape.tokens,
+            shape.inner, dims, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, BM=tiles.rows, BN=tiles.columns,
+            BK=64, PRECISION='ieee', **tiles.options(),
+        )  # fmt: skip
+
+    launch_first_fitting(DOWN_TILES if dims > 192 else DOWN_TILES[1:], launch)
+    return out
 
 
 def block_backward(

@@ -126,56 +126,107 @@ def _add_bias(x, ptr, channel, E):
 
 
 @triton.jit
-def prepare_kernel(
-    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, square_ptr, tall_ptr, constant_ptr, matrix_ptr,
-    gate_matrix_ptr, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """Weights of one block of BC channels as the other kernels read them.
+def _copy(source_ptr, target_ptr, first, size, BLOCK: tl.constexpr):
+    """Copy up to BLOCK elements in the target's dtype."""
+    place = first + tl.arange(0, BLOCK)
+    value = tl.load(source_ptr + place, mask=place < size, other=0.0)
+    tl.store(target_ptr + place, value.to(target_ptr.dtype.element_ty), mask=place < size)
 
-    square (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
-    these in c and a: tall (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what the
-    projections' biases add. matrix (E / 32, 3, 32, 32) and gate_matrix (E / 32, 2, 32, BG): the same in the order that
-    `block_mix_kernels` reads. BC is at least 32.
-    """
-    part = tl.program_id(0)
+
+@triton.jit
+def _store_tiles(square_ptr, tall_ptr, part, mq, mk, mv, gc, ga, BC: tl.constexpr, BG: tl.constexpr):
+    """Write the matrices of a part in plain order."""
+    i = tl.arange(0, BC)
+    square = square_ptr + part * 3 * BC * BC + i[:, None] * BC + i[None, :]
+    tl.store(square, mq)
+    tl.store(square + BC * BC, mk)
+    tl.store(square + 2 * BC * BC, mv)
+    tall = tall_ptr + part * 2 * BC * BG + i[:, None] * BG + tl.arange(0, BG)[None, :]
+    tl.store(tall, gc)
+    tl.store(tall + BC * BG, ga)
+
+
+@triton.jit
+def _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC: tl.constexpr, BG: tl.constexpr):
+    """Write the matrices of a part in the order of `block_mix_kernels`."""
+    i = tl.arange(0, BC)
+    group = part * (BC // 32) + i // 32
+    row = i // 4 % 2 * 16 + i // 8 % 4 * 4 + i % 4
+    column = i // 4 % 2 * 16 + i // 2 % 2 * 8 + i // 8 % 4 * 2 + i % 2
+    matrix = matrix_ptr + (group * 3 * 1024 + row * 32)[:, None] + column[None, :]
+    same_group = i[:, None] // 32 == i[None, :] // 32
+    tl.store(matrix, mq, mask=same_group)
+    tl.store(matrix + 1024, mk, mask=same_group)
+    tl.store(matrix + 2048, mv, mask=same_group)
+    gate_matrix = gate_matrix_ptr + (group * 2 * 32 + row)[:, None] * BG + tl.arange(0, BG)[None, :]
+    tl.store(gate_matrix, gc)
+    tl.store(gate_matrix + 32 * BG, ga)
+
+
+@triton.jit
+def _fold(
+    part, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, square_ptr, tall_ptr, constant_ptr,
+    taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, FOR_BACKWARD: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """`prepare_kernel` for one part."""
     channel = part * BC + tl.arange(0, BC)
     inside = channel < E
-    i = tl.arange(0, BC)
     g = tl.arange(0, BG)
+    dtype = matrix_ptr.dtype.element_ty
     mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
     mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
     mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
     gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
     gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
     gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
-    dtype = square_ptr.dtype.element_ty
-    square = square_ptr + part * 3 * BC * BC + i[:, None] * BC + i[None, :]
-    tl.store(square, mq.to(dtype))
-    tl.store(square + BC * BC, mk.to(dtype))
-    tl.store(square + 2 * BC * BC, mv.to(dtype))
-    tall = tall_ptr + part * 2 * BC * BG + i[:, None] * BG + g[None, :]
     gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
-    tl.store(tall, gc.to(dtype))
     ga = tl.dot(mv, gv, input_precision='tf32x3')
-    tl.store(tall + BC * BG, ga.to(dtype))
-    group = part * (BC // 32) + i // 32
-    row = i // 4 % 2 * 16 + i // 8 % 4 * 4 + i % 4
-    column = i // 4 % 2 * 16 + i // 2 % 2 * 8 + i // 8 % 4 * 2 + i % 2
-    matrix = matrix_ptr + (group * 3 * 1024 + row * 32)[:, None] + column[None, :]
-    own = i[:, None] // 32 == i[None, :] // 32
-    tl.store(matrix, mq.to(dtype), mask=own)
-    tl.store(matrix + 1024, mk.to(dtype), mask=own)
-    tl.store(matrix + 2048, mv.to(dtype), mask=own)
-    gate_matrix = gate_matrix_ptr + (group * 2 * 32 + row)[:, None] * BG + g[None, :]
-    tl.store(gate_matrix, gc.to(dtype))
-    tl.store(gate_matrix + 32 * BG, ga.to(dtype))
     constant = tl.zeros((BG,), tl.float32)
     if HAS_BIAS:
         constant += tl.sum(tl.load(bq_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gq, 0)
         constant += tl.sum(tl.load(bk_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gk, 0)
         constant += tl.sum(tl.load(bv_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gv, 0)
     tl.store(constant_ptr + part * BG + g, constant)
+    tap = tl.arange(0, 16)
+    turned = TAPS - 1 - tap if REVERSE else tap
+    is_tap = inside[None, :] & (tap < TAPS)[:, None]
+    value = tl.load(conv_ptr + channel[None, :] * TAPS + turned[:, None], mask=is_tap, other=0.0)
+    tl.store(taps_ptr + tap[:, None] * E + channel[None, :], value.to(tl.float32), mask=is_tap)
+    mq, mk, mv, gc, ga = mq.to(dtype), mk.to(dtype), mv.to(dtype), gc.to(dtype), ga.to(dtype)
+    _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC, BG)
+    if FOR_BACKWARD:
+        _store_tiles(square_ptr, tall_ptr, part, mq, mk, mv, gc, ga, BC, BG)
+
+
+@triton.jit
+def prepare_kernel(
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, square_ptr, tall_ptr, constant_ptr, taps_ptr,
+    matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr, down_w_copy_ptr,
+    up_w_size, up_b_size, down_w_size, parts, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, FOR_BACKWARD: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights as the other kernels read them. Program i < parts does block i of BC channels, the others copy.
+
+    square (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
+    these in c and a: tall (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what the
+    projections' biases add. matrix (E / 32, 3, 32, 32) and gate_matrix (E / 32, 2, 32, BG): square and tall in the
+    order that `block_mix_kernels` reads; BC is at least 32. taps (TAPS, E): the convolution's weights, turned for the
+    reading direction. The copies of the outer projections' weights are in the activations' dtype.
+    """
+    program = tl.program_id(0)
+    if program < parts:
+        _fold(
+            program, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, square_ptr, tall_ptr,
+            constant_ptr, taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS, REVERSE, QB, HEADS, HAS_BIAS, FOR_BACKWARD,
+            BC, BG,
+        )  # fmt: skip
+    else:
+        first = (program - parts) * BLOCK
+        _copy(up_w_ptr, up_w_copy_ptr, first, up_w_size, BLOCK)
+        _copy(up_b_ptr, up_b_copy_ptr, first, up_b_size, BLOCK)
+        _copy(down_w_ptr, down_w_copy_ptr, first, down_w_size, BLOCK)
 
 
 @triton.jit

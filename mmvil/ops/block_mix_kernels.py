@@ -1,4 +1,4 @@
-"""Device code between up-projection and mLSTM cell of a ViL block: convolution, SiLU, projections and gates in one pass.
+"""Device code between up-projection and mLSTM cell of a ViL block: convolution, SiLU, projections, gates in one pass.
 
 Names as in `block_kernels`. One program is one warp with 32 channels and eight *pairs* of neighbouring tokens, an even
 one and an odd one. It walks down the grid (or along the sequence) and keeps running sums of the convolution, so that
@@ -73,10 +73,7 @@ def _load_live(ptr, mask):
 def _plus_bias(x, ptr, channel, E, EVEN: tl.constexpr):
     """x + bias. Read as a full tile, so that it comes in x's layout."""
     place = tl.broadcast_to(channel[None, :], x.shape)
-    if EVEN:
-        bias = tl.load(ptr + place)
-    else:
-        bias = tl.load(ptr + place, mask=place < E, other=0.0)
+    bias = tl.load(ptr + place) if EVEN else tl.load(ptr + place, mask=place < E, other=0.0)
     return x + bias.to(tl.float32)
 
 
@@ -286,7 +283,7 @@ def mix1d_kernel(
     REVERSE: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs; grid: strips * parts."""
+    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs of tokens."""
     part = tl.program_id(0) % parts
     strip = tl.program_id(0) // parts
     batch = (strip // blocks).to(tl.int64)
@@ -306,7 +303,7 @@ def mix1d_kernel(
     t = (strip % blocks) * ROWS * PAIRS * 2 + tl.arange(0, PAIRS) * 2
     line = a_ptr + (batch * a_batch + (t + FIRST).to(tl.int64) * a_row)[:, None] + channel[None, :]
     n0, n1, n2, n3, n4 = _load_five(line, a_row, t + FIRST, inside, S)
-    for step in range(tl.minimum(ROWS, tl.cdiv(S, 2 * PAIRS) - (strip % blocks) * ROWS)):
+    for _ in range(tl.minimum(ROWS, tl.cdiv(S, 2 * PAIRS) - (strip % blocks) * ROWS)):
         x0, x1, x2 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32)
         x3, x4 = n3.to(tl.float32), n4.to(tl.float32)
         if REVERSE:
@@ -329,7 +326,7 @@ def gates_kernel(
     share_ptr, constant_ptr, bias_ptr, gates_ptr, B, S, parts, constant_parts,
     HEADS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gates (2, B, NH, S): the sum of the parts' shares (parts, B * S, 2 NH) and constants (parts, BG), and the bias."""
+    """Gates (2, B, NH, S): shares (parts, B * S, 2 NH), constants (parts, BG) and bias added up."""
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     g = tl.arange(0, BN)
     tokens = B.to(tl.int64) * S
