@@ -60,8 +60,10 @@ V1 = {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False, 'norm_
         (24, (3, 7), False, V1),
         (16, (5, 7), True, V1),
         (32, (1, 2), False, {'num_heads': 2, 'qkv_block_size': 8}),
+        (40, (9, 1), True, {'qkv_block_size': 16}),
+        (8, (5, 2), False, {'num_heads': 1, 'qkv_block_size': 1}),
     ],
-    ids=['2d', '2d-reverse', 'wide-no-bias', 'v1', 'v1-reverse', 'two-tokens'],
+    ids=['2d', '2d-reverse', 'wide-no-bias', 'v1', 'v1-reverse', 'two-tokens', 'one-column', 'narrow'],
 )
 def test_float32(dims: int, grid: tuple[int, int], reverse: bool, options: dict) -> None:
     torch.manual_seed(0)
@@ -70,16 +72,28 @@ def test_float32(dims: int, grid: tuple[int, int], reverse: bool, options: dict)
 
 
 @on_kernels
-def test_drop_path_scales_whole_images() -> None:
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+def test_float16(options: dict) -> None:
+    torch.manual_seed(0)
+    errors = compare(trained_like(ViLBlock(36, **options)), (3, 6), torch.float16)
+    del errors['layer.igate.bias']  # its terms nearly cancel
+    assert errors.pop('output') < 2e-3
+    assert all(error < 1e-2 for error in errors.values()), errors
+
+
+@on_kernels
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
+def test_drop_path_scales_whole_images(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     block = trained_like(ViLBlock(16, drop_path_rate=0.5)).to(DEVICE).train()
     x = torch.randn(8, 6, 16, device=DEVICE)
-    torch.manual_seed(3)
-    fused = run_fused(block, x, (2, 3))
-    torch.manual_seed(3)
-    factors = block.drop_path.factors(x)
-    block.drop_path.rate = 0.0
-    expected = x + factors.view(-1, 1, 1) * (run_fused(block, x, (2, 3)) - x)
+    with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+        torch.manual_seed(3)
+        fused = run_fused(block, x, (2, 3))
+        torch.manual_seed(3)
+        factors = block.drop_path.factors(x)
+        block.drop_path.rate = 0.0
+        expected = x + factors.view(-1, 1, 1) * (run_fused(block, x, (2, 3)) - x)
     assert set(factors.tolist()) == {0.0, 2.0}
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
 
