@@ -1,8 +1,8 @@
-"""The whole ViL block in few kernels: launchers and the exact backward pass. Works on tensors, knows no modules.
+"""The whole ViL block in few kernels: launchers of the forward pass. Works on tensors, knows no modules.
 
-Forward: norm, up-projection, one kernel for convolution, projections and gates, the cell, one kernel for head norm,
-skip and gate, down-projection and residual. Kept for the backward pass: the input, the up-projection's output, the
-gates and the cell's output with its statistics; everything else is computed again.
+Norm, up-projection, one kernel for convolution, projections and gates, the cell, one kernel for head norm, skip and
+gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input, the up-projection's
+output, the gates, the convolution's output, keys and values, and the cell's output with its statistics.
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,18 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import block_backward_kernels as backward_kernels
 from . import block_kernels as kernels
 from . import block_norm_kernels as norm_kernels
 from .triton_launch import dot_precision
 
-__all__ = ['BlockShape', 'block_backward', 'block_forward']
+__all__ = ['NORM_EPS', 'BlockShape', 'block_forward']
 
 STRIP_COLUMNS = 16
-# Channels or elements of a tile, warps, and where there is a third number, programs aimed at. The backward mixing
-# kernel takes the forward one's tiles.
+# Channels or elements of a tile, warps.
 SETTINGS = {
     'norm': (4096, 4),
-    'norm_backward': (1024, 1, 2048),
     'mix': (32, 1),
-    'mix_backward_warps': 2,
-    'conv_backward': (32, 4),
     'output': (2048, 4),
-    'output_backward': (512, 1),
-    'programs': 2048,
 }
 NORM_EPS = 1e-5
 
@@ -88,24 +81,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return out
 
 
-def _layer_norm_backward(
-    x: Tensor, weight: Tensor, dnorm: Tensor, dout: Tensor, dbranch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradient of x, residual included, and (3, D): sums for weight, bias and the bias of the branch."""
-    rows, dims = x.shape
-    dx = torch.empty_like(x)
-    width = triton.next_power_of_2(dims)
-    height = max(1, SETTINGS['norm_backward'][0] // width)
-    steps = max(1, triton.cdiv(rows, height * SETTINGS['norm_backward'][2]))
-    programs = triton.cdiv(rows, height * steps)
-    sums = x.new_empty(programs, 3, dims, dtype=torch.float32)
-    norm_kernels.layer_norm_backward_kernel[(programs,)](
-        x, weight, dnorm, dout, dbranch, dx, sums, rows, dims, NORM_EPS, steps, BM=height, BD=width,
-        num_warps=SETTINGS['norm_backward'][1],
-    )  # fmt: skip
-    return dx, sums.sum(0)
-
-
 def _strips(shape: BlockShape, columns: int = STRIP_COLUMNS) -> tuple[int, int, int]:
     """Rows of a strip, strips above each other, strips in all."""
     rows, width = shape.walk
@@ -147,22 +122,22 @@ def _mix(
     shape: BlockShape, a: Tensor, conv: Tensor, prepared: Sequence[Tensor], weights: dict[str, Tensor | None],
     with_gates: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """c, q, k, v (B, S, E) and, if wanted, the gates' pre-activations without bias (2, B, NH, S)."""
+    """The convolution's output, q, k, v (B, S, E) and the gates' pre-activations without bias (2, B, NH, S)."""
     parts, _, channels, _ = prepared[0].shape
-    c, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
+    pre, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
     partial = a.new_empty(
         (parts, 2, shape.batch, shape.heads, shape.tokens) if with_gates else (1,), dtype=torch.float32
     )
     height, row_blocks, strips = _strips(shape)
     rows, width = shape.walk
     kernels.mix_kernel[(parts, strips, shape.batch)](
-        a, a.stride(0), a.stride(1), conv, weights['conv_b'], *prepared, *_biases(weights), c, q, k, v, partial,
+        a, a.stride(0), a.stride(1), conv, weights['conv_b'], *prepared, *_biases(weights), pre, q, k, v, partial,
         shape.batch, shape.tokens, rows, width, shape.inner, height, row_blocks, shape.first_tap,
         IS_2D=shape.two_dimensional, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, WITH_GATES=with_gates,
         PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=_gate_width(shape),
         num_warps=SETTINGS['mix'][1],
     )  # fmt: skip
-    return c, q, k, v, partial.sum(0) if with_gates else None
+    return pre, q, k, v, partial.sum(0) if with_gates else None
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -176,15 +151,15 @@ def _taps(conv: Tensor, reverse: bool) -> Tensor:
     return flat.flip(1) if reverse else flat.contiguous()
 
 
-def _output(shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, weights: dict[str, Tensor | None]) -> Tensor:
+def _output(shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, weights: dict[str, Tensor | None]) -> Tensor:
     """y (B, S, E)."""
     dim = shape.inner // shape.heads
-    y = torch.empty_like(c)
+    y = torch.empty_like(pre)
     width = triton.next_power_of_2(dim)
     height = max(1, SETTINGS['output'][0] // width)
     bias = weights['head_b']
     norm_kernels.output_kernel[(triton.cdiv(shape.tokens, height), shape.heads, shape.batch)](
-        h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
+        h, h.stride(0), h.stride(1), h.stride(2), pre, z, z.stride(0), z.stride(1), weights['head_w'],
         weights['head_w'] if bias is None else bias, weights['skip'], y, shape.tokens, shape.inner, NORM_EPS,
         HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=SETTINGS['output'][1],
     )  # fmt: skip
@@ -198,7 +173,7 @@ def block_forward(
     weights: dict[str, Tensor | None],
     dtype: torch.dtype,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
     """Run one block.
 
     Args:
@@ -210,7 +185,8 @@ def block_forward(
         scale: Drop path factor per image, (B,), or None.
 
     Returns:
-        The new residual stream, and for the backward pass: u (B, S, 2E), gates (2, B, NH, S), h, the cell's statistics.
+        The new residual stream, and for the backward pass: u (B, S, 2E), gates (2, B, NH, S), h, the convolution's
+        output, k, v (B, S, E), the cell's statistics.
     """
     normalised = layer_norm(x.flatten(0, 1), weights['norm_w'], weights['norm_b'], dtype)
     u = F.linear(normalised, weights['up_w'].to(dtype), _cast(weights['up_b'], dtype))
@@ -218,158 +194,15 @@ def block_forward(
     a, z = u.chunk(2, -1)
     conv = _taps(weights['conv_w'], shape.reverse)
     prepared = _prepare(shape, weights, _channels(shape, SETTINGS['mix'][0]), dtype)
-    c, q, k, v, gates = _mix(shape, a, conv, prepared, weights, with_gates=True)
+    pre, q, k, v, gates = _mix(shape, a, conv, prepared, weights, with_gates=True)
     gates = gates + weights['gate_b'].float().view(2, 1, shape.heads, 1)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
-    y = _output(shape, h, c, z, weights)
+    y = _output(shape, h, pre, z, weights)
     branch = F.linear(y, weights['down_w'].to(dtype), _cast(weights['down_b'], dtype))
     out = x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1).to(x.dtype))
-    return out, u, gates, h, statistics
+    return out, u, gates, h, pre, k, v, statistics
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
-
-
-def block_backward(
-    shape: BlockShape, cell: ModuleType, dout: Tensor, x: Tensor, u: Tensor, gates: Tensor, h: Tensor,
-    statistics: Sequence[Tensor], weights: dict[str, Tensor | None], scale: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Gradients of one block.
-
-    Args:
-        shape: Sizes and direction.
-        cell: Module with the mLSTM's `forward` and `backward`, such as `triton_quadratic`.
-        dout: Gradient of the new residual stream, (B, S, D).
-        x: The block's input.
-        u: From the forward pass.
-        gates: From the forward pass.
-        h: From the forward pass.
-        statistics: From the forward pass.
-        weights: The block's parameters by short name.
-        scale: Drop path factor per image, or None.
-
-    Returns:
-        Gradient of x, and of every parameter by short name, float32 or the activations' dtype.
-    """
-    dtype, batch, tokens, inner = u.dtype, shape.batch, shape.tokens, shape.inner
-    dout = dout.contiguous()
-    dbranch = (dout if scale is None else dout * scale.view(-1, 1, 1).to(dout.dtype)).to(dtype)
-    flat = dbranch.flatten(0, 1)
-    a, z = u.chunk(2, -1)
-    conv = _taps(weights['conv_w'], shape.reverse)
-    prepared = _prepare(shape, weights, _channels(shape, SETTINGS['mix'][0]), dtype)
-    c, q, k, v, _ = _mix(shape, a, conv, prepared, weights, with_gates=False)
-    dy = (flat @ weights['down_w'].to(dtype)).view(batch, tokens, inner)
-    du = torch.empty_like(u)
-    da, dz = du.chunk(2, -1)
-    grads: dict[str, Tensor] = {}
-    y, dh, dc, output_sums = _output_backward(shape, h, c, z, dy, dz, weights)
-    grads['head_w'], grads['head_b'], grads['skip'], dz_sum = output_sums
-    grads['down_w'] = flat.t() @ y.flatten(0, 1)
-    heads = [_heads(t, shape.heads) for t in (q, k, v)]
-    dq, dk, dv, *dgates = cell.backward(
-        _heads(dh, shape.heads), *heads, gates[0], gates[1], h, statistics, shape.reverse, 1e-6
-    )
-    dgates = torch.stack(dgates)
-    grads['gate_b'] = dgates.sum((1, 3)).flatten()
-    dpre = _mix_backward(shape, a, conv, prepared, (dq, dk, dv), dgates, dc, da, weights, grads)
-    da_sum = _conv_backward(shape, a, conv, dpre, da, grads)
-    grads['up_b'] = torch.cat([da_sum, dz_sum])
-    normalised = layer_norm(x.flatten(0, 1), weights['norm_w'], weights['norm_b'], dtype)
-    du = du.view(-1, 2 * inner)
-    grads['up_w'] = du.t() @ normalised
-    dnorm = du @ weights['up_w'].to(dtype)
-    dx, sums = _layer_norm_backward(x.flatten(0, 1), weights['norm_w'], dnorm, dout.flatten(0, 1), flat)
-    grads['norm_w'], grads['norm_b'], grads['down_b'] = sums
-    return dx.view_as(x), grads
-
-
-def _output_backward(
-    shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, dy: Tensor, dz: Tensor, weights: dict[str, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, dh, dc (B, S, E); dz is written in place; sums (4, E): head norm's weight and bias, skip, bias of z."""
-    dim = shape.inner // shape.heads
-    y, dh, dc = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
-    width = triton.next_power_of_2(dim)
-    height = max(1, SETTINGS['output_backward'][0] // width)
-    steps = max(1, min(8, shape.tokens // (4 * height)))
-    blocks = triton.cdiv(shape.tokens, height * steps)
-    sums = c.new_empty(shape.batch * blocks, 4, shape.inner, dtype=torch.float32)
-    bias = weights['head_b']
-    norm_kernels.output_backward_kernel[(blocks, shape.heads, shape.batch)](
-        h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
-        weights['head_w'] if bias is None else bias, weights['skip'], dy, y, dz, dz.stride(0), dz.stride(1), dh, dc,
-        sums, shape.tokens, shape.inner, NORM_EPS, steps, blocks, HAS_BIAS=bias is not None, DH=dim, BM=height,
-        BD=width, num_warps=SETTINGS['output_backward'][1],
-    )  # fmt: skip
-    return y, dh, dc, sums.sum(0)
-
-
-def _groups(shape: BlockShape, parts: int, strips: int) -> tuple[int, int]:
-    """Groups of images, and images of each, so that there are programs enough but few partial sums."""
-    groups = max(1, min(shape.batch, SETTINGS['programs'] // (parts * strips)))
-    batches = triton.cdiv(shape.batch, groups)
-    return triton.cdiv(shape.batch, batches), batches
-
-
-def _mix_backward(
-    shape: BlockShape, a: Tensor, conv: Tensor, prepared: Sequence[Tensor], dqkv: Sequence[Tensor], dgates: Tensor,
-    dc: Tensor, da: Tensor, weights: dict[str, Tensor | None], grads: dict[str, Tensor],
-) -> Tensor:  # fmt: skip
-    """Gradient of the convolution's output (B, S, E); da is written in place, the sums enter `grads`."""
-    square, tall, _ = prepared
-    parts, _, channels, _ = square.shape
-    height, row_blocks, strips = _strips(shape)
-    groups, batches = _groups(shape, parts, strips)
-    rows, width = shape.walk
-    inner, block, heads, gates = shape.inner, shape.block, shape.heads, _gate_width(shape)
-    dpre = torch.empty_like(dc)
-    if any(t.stride() != dqkv[0].stride() or t.stride(-1) != 1 for t in dqkv):
-        dqkv = [t.contiguous() for t in dqkv]
-    sums = a.new_empty(groups * strips, 3 * inner * (block + 1) + 2 * gates * inner + gates, dtype=torch.float32)
-    backward_kernels.mix_backward_kernel[(parts, strips, groups)](
-        a, a.stride(0), a.stride(1), conv, weights['conv_b'], square, tall, *dqkv, *dqkv[0].stride()[:3], dgates, dc,
-        dpre, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows, width, inner, inner // heads,
-        height, row_blocks, strips, batches, shape.first_tap, IS_2D=shape.two_dimensional, QB=block, HEADS=heads,
-        PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=gates,
-        num_warps=SETTINGS['mix_backward_warps'],
-    )  # fmt: skip
-    matrices = a.new_empty(3, inner // block, block, block, dtype=torch.float32)
-    biases = a.new_empty(3, inner, dtype=torch.float32)
-    grads['wg'] = a.new_empty(2 * heads, 3 * inner, dtype=torch.float32)
-    backward_kernels.finish_kernel[(parts,)](
-        sums.sum(0), square, weights['wg'], *_biases(weights), matrices, biases, grads['wg'], inner, QB=block,
-        HEADS=heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates, num_warps=4,
-    )  # fmt: skip
-    grads['wq'], grads['wk'], grads['wv'] = matrices
-    grads['bq'], grads['bk'], grads['bv'] = biases
-    return dpre
-
-
-def _conv_backward(
-    shape: BlockShape, a: Tensor, conv: Tensor, dpre: Tensor, da: Tensor, grads: dict[str, Tensor]
-) -> Tensor:
-    """Add the convolution's gradient to da in place; the sum of da over all tokens (E)."""
-    channels = _channels(shape, SETTINGS['conv_backward'][0])
-    parts = triton.cdiv(shape.inner, channels)
-    height, row_blocks, strips = _strips(shape)
-    groups, batches = _groups(shape, parts, strips)
-    rows, width = shape.walk
-    taps = conv.shape[1]
-    sums = a.new_empty(groups * strips, taps + 2, shape.inner, dtype=torch.float32)
-    kernel = (
-        backward_kernels.conv2d_backward_kernel if shape.two_dimensional else backward_kernels.conv1d_backward_kernel
-    )
-    extra = () if shape.two_dimensional else (shape.first_tap,)
-    kernel[(parts, strips, groups)](
-        a, a.stride(0), a.stride(1), dpre, conv, da, da.stride(0), da.stride(1), sums, shape.batch, shape.tokens, rows,
-        width, shape.inner, height, row_blocks, strips, batches, *extra, BW=STRIP_COLUMNS, BC=channels,
-        num_warps=SETTINGS['conv_backward'][1],
-    )  # fmt: skip
-    total = sums.sum(0)
-    dconv = total[:taps].flip(0) if shape.reverse else total[:taps]
-    grads['conv_w'] = dconv.t().contiguous()
-    grads['conv_b'] = total[taps]
-    return total[taps + 1]

@@ -4,7 +4,7 @@ Names, all in the kernels' own units (a token is one row of S, a channel one col
 
     a, z     (B, S, E)       halves of the up-projection, rows 2E apart
     conv     (E, taps)       depthwise weights, already turned for the reading direction
-    c        (B, S, E)       SiLU(conv(a) + bias)
+    pre, c   (B, S, E)       conv(a) + bias, and SiLU of that; pre is what is stored
     q, k, v  (B, S, E)       block-diagonal projections of c, c and a; blocks of QB x QB
     gate     (parts, 2, B, NH, S)   partial sums of the input and forget gates, one part per block of BC channels
 
@@ -184,16 +184,18 @@ def _tall(ptr, part, which: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, TU
 @triton.jit
 def _mix_row(
     pre, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr, gc, ga, constant,
-    c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+    pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
     HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Everything behind the convolution for one row of a strip."""
     dtype = q_ptr.dtype.element_ty
     pre = _add_bias(pre, conv_b_ptr, channel, E)
-    c = (pre * tl.sigmoid(pre)).to(dtype)
     mask = valid[:, None] & (channel < E)[None, :]
     place = plane + t.to(tl.int64)[:, None] * E + channel[None, :]
-    tl.store(c_ptr + place, c, mask=mask)
+    pre = pre.to(dtype)
+    tl.store(pre_ptr + place, pre, mask=mask)
+    pre = pre.to(tl.float32)  # c is that of the rounded value, which is all that the other kernels know
+    c = (pre * tl.sigmoid(pre)).to(dtype)
     q = tl.dot(c, mq, input_precision=PRECISION)
     k = tl.dot(c, mk, input_precision=PRECISION)
     v = tl.dot(a, mv, input_precision=PRECISION)
@@ -214,11 +216,11 @@ def _mix_row(
 @triton.jit
 def mix_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, square_ptr, tall_ptr, constant_ptr, bq_ptr, bk_ptr, bv_ptr,
-    c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, first,
+    pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, first,
     IS_2D: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
     WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """c = SiLU(conv(a) + b), q = Wq c, k = Wk c, v = Wv a, and this channel block's part of the gates."""
+    """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this channel block's part of the gates."""
     part = tl.program_id(0)
     strip = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -247,7 +249,7 @@ def mix_kernel(
             t, valid = _token(row, col, GW, S, GH)
             _mix_row(
                 pre, m1, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr,
-                gc, ga, constant, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+                gc, ga, constant, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
                 HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
             )  # fmt: skip
             u0, u1, u2 = m0, m1, m2
@@ -261,6 +263,6 @@ def mix_kernel(
             a = _load_shifted(a_ptr, a_row, t, channel, S, E)
             _mix_row(
                 t0 * w0 + t1 * w1 + t2 * w2 + t3 * w3, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv,
-                bq_ptr, bk_ptr, bv_ptr, gc, ga, constant, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
+                bq_ptr, bk_ptr, bv_ptr, gc, ga, constant, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
                 HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
             )  # fmt: skip

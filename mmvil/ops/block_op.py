@@ -77,12 +77,13 @@ def vil_block_fwd(
         dtype: Type that activations are stored in and multiplied as.
 
     Returns:
-        The new residual stream, and after it what the backward pass needs: u, gates, h and the cell's statistics.
+        The new residual stream, and after it what the backward pass needs: u, gates, h, the
+        convolution's output, k, v and the cell's statistics.
     """
     named = _by_name(weights, names)
     shape = _shape(x, named, rows, columns, heads, reverse)
-    out, u, gates, h, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale)
-    return [out, u, gates, h, *statistics]
+    out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale)
+    return [out, *saved, *statistics]
 
 
 @vil_block_fwd.register_fake
@@ -104,7 +105,8 @@ def _(
     gates = x.new_empty(2, batch, heads, tokens, dtype=torch.float32)
     q = x.new_empty(batch, tokens, heads, inner // heads, dtype=dtype).transpose(1, 2)  # as the launchers lay it out
     shape = _shape(x, named, rows, columns, heads, reverse)
-    return [torch.empty_like(x), u, gates, empty_rows_like(q), *_cell(shape).empty_saved(q)]
+    kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(3)]
+    return [torch.empty_like(x), u, gates, empty_rows_like(q), *kept, *_cell(shape).empty_saved(q)]
 
 
 @torch.library.custom_op('mmvil::vil_block_bwd', mutates_args=())
@@ -139,9 +141,9 @@ def vil_block_bwd(
     """
     named = _by_name(weights, names)
     shape = _shape(x, named, rows, columns, heads, reverse)
-    u, gates, h, *statistics = saved
-    dx, gradients = _launchers().block_backward(
-        shape, _cell(shape), dout, x, u, gates, h, tuple(statistics), named, scale
+    u, gates, h, pre, k, v, *statistics = saved
+    dx, gradients = importlib.import_module('.block_backward', __package__).block_backward(
+        shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
     )
     return [
         dx,
