@@ -4,7 +4,7 @@ Names, all in the kernels' own units (a token is one row of S, a channel one col
 
     a, z     (B, S, E)       halves of the up-projection, rows 2E apart
     conv     (E, taps)       depthwise weights, already turned for the reading direction
-    c        (B, S, E)       SiLU(conv(a) + bias)
+    pre, c   (B, S, E)       conv(a) + bias, and SiLU of that; pre is what is stored
     q, k, v  (B, S, E)       block-diagonal projections of c, c and a; blocks of QB x QB
     gate     (parts, 2, B, NH, S)   partial sums of the input and forget gates, one part per block of BC channels
 
@@ -59,46 +59,9 @@ def _load_row(ptr, stride, row, col, channel, GW, S, GH, E):
 
 
 @triton.jit
-def _load_four(ptr, stride, t, first, channel, S, E):
-    """Tiles at the four successive places that a causal convolution sees, float32."""
-    t0 = _load_shifted(ptr, stride, t + first, channel, S, E).to(tl.float32)
-    t1 = _load_shifted(ptr, stride, t + first + 1, channel, S, E).to(tl.float32)
-    t2 = _load_shifted(ptr, stride, t + first + 2, channel, S, E).to(tl.float32)
-    t3 = _load_shifted(ptr, stride, t + first + 3, channel, S, E).to(tl.float32)
-    return t0, t1, t2, t3
-
-
-@triton.jit
 def _weigh3(x0, x1, x2, w0, w1, w2):
     """One row of a 3 x 3 convolution, float32."""
     return x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2
-
-
-@triton.jit
-def _tap(w_ptr, channel, E, TAPS: tl.constexpr, i: tl.constexpr):
-    """Weight of tap i, (1, BC) float32."""
-    return tl.load(w_ptr + channel * TAPS + i, mask=channel < E, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _taps4(w_ptr, channel, E):
-    """The four taps of a causal convolution."""
-    return (
-        _tap(w_ptr, channel, E, 4, 0),
-        _tap(w_ptr, channel, E, 4, 1),
-        _tap(w_ptr, channel, E, 4, 2),
-        _tap(w_ptr, channel, E, 4, 3),
-    )
-
-
-@triton.jit
-def _taps3(w_ptr, channel, E, row: tl.constexpr):
-    """Three taps of one kernel row."""
-    return (
-        _tap(w_ptr, channel, E, 9, 3 * row),
-        _tap(w_ptr, channel, E, 9, 3 * row + 1),
-        _tap(w_ptr, channel, E, 9, 3 * row + 2),
-    )
 
 
 @triton.jit
@@ -120,12 +83,6 @@ def _gate_matrix(w_ptr, part, channel, E, GATES: tl.constexpr, BG: tl.constexpr)
 
 
 @triton.jit
-def _add_bias(x, ptr, channel, E):
-    """x + bias, the bias read from ptr."""
-    return x + tl.load(ptr + channel, mask=channel < E, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
 def _copy(source_ptr, target_ptr, first, size, BLOCK: tl.constexpr):
     """Copy up to BLOCK elements in the target's dtype."""
     place = first + tl.arange(0, BLOCK)
@@ -134,40 +91,25 @@ def _copy(source_ptr, target_ptr, first, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_tiles(square_ptr, tall_ptr, part, mq, mk, mv, gc, ga, BC: tl.constexpr, BG: tl.constexpr):
-    """Write the matrices of a part in plain order."""
-    i = tl.arange(0, BC)
-    square = square_ptr + part * 3 * BC * BC + i[:, None] * BC + i[None, :]
-    tl.store(square, mq)
-    tl.store(square + BC * BC, mk)
-    tl.store(square + 2 * BC * BC, mv)
-    tall = tall_ptr + part * 2 * BC * BG + i[:, None] * BG + tl.arange(0, BG)[None, :]
-    tl.store(tall, gc)
-    tl.store(tall + BC * BG, ga)
-
-
-@triton.jit
 def _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC: tl.constexpr, BG: tl.constexpr):
     """Write the matrices of a part in the order of `block_mix_kernels`."""
     i = tl.arange(0, BC)
-    group = part * (BC // 32) + i // 32
     row = i // 4 % 2 * 16 + i // 8 % 4 * 4 + i % 4
     column = i // 4 % 2 * 16 + i // 2 % 2 * 8 + i // 8 % 4 * 2 + i % 2
-    matrix = matrix_ptr + (group * 3 * 1024 + row * 32)[:, None] + column[None, :]
-    same_group = i[:, None] // 32 == i[None, :] // 32
-    tl.store(matrix, mq, mask=same_group)
-    tl.store(matrix + 1024, mk, mask=same_group)
-    tl.store(matrix + 2048, mv, mask=same_group)
-    gate_matrix = gate_matrix_ptr + (group * 2 * 32 + row)[:, None] * BG + tl.arange(0, BG)[None, :]
+    matrix = matrix_ptr + (part * 3 * BC * BC + row * BC)[:, None] + column[None, :]
+    tl.store(matrix, mq)
+    tl.store(matrix + BC * BC, mk)
+    tl.store(matrix + 2 * BC * BC, mv)
+    gate_matrix = gate_matrix_ptr + (part * 2 * BC + row)[:, None] * BG + tl.arange(0, BG)[None, :]
     tl.store(gate_matrix, gc)
-    tl.store(gate_matrix + 32 * BG, ga)
+    tl.store(gate_matrix + BC * BG, ga)
 
 
 @triton.jit
 def _fold(
-    part, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, square_ptr, tall_ptr, constant_ptr,
+    part, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr,
     taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
-    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, FOR_BACKWARD: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """`prepare_kernel` for one part."""
     channel = part * BC + tl.arange(0, BC)
@@ -195,52 +137,32 @@ def _fold(
     tl.store(taps_ptr + tap[:, None] * E + channel[None, :], value.to(tl.float32), mask=is_tap)
     mq, mk, mv, gc, ga = mq.to(dtype), mk.to(dtype), mv.to(dtype), gc.to(dtype), ga.to(dtype)
     _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC, BG)
-    if FOR_BACKWARD:
-        _store_tiles(square_ptr, tall_ptr, part, mq, mk, mv, gc, ga, BC, BG)
 
 
 @triton.jit
 def prepare_kernel(
-    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, square_ptr, tall_ptr, constant_ptr, taps_ptr,
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr, taps_ptr,
     matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr, down_w_copy_ptr,
     up_w_size, up_b_size, down_w_size, parts, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
-    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, FOR_BACKWARD: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weights as the other kernels read them. Program i < parts does block i of BC channels, the others copy.
 
-    square (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
-    these in c and a: tall (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what the
-    projections' biases add. matrix (E / 32, 3, 32, 32) and gate_matrix (E / 32, 2, 32, BG): square and tall in the
-    order that `block_mix_kernels` reads; BC is at least 32. taps (TAPS, E): the convolution's weights, turned for the
-    reading direction. The copies of the outer projections' weights are in the activations' dtype.
+    matrix (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
+    these in c and a: gate_matrix (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what
+    the projections' biases add. Rows and columns are in the order that `block_mix_kernels` reads, BC is 32. taps
+    (TAPS, E): the convolution's weights, turned for the reading direction. The copies of the outer projections' weights
+    are in the activations' dtype.
     """
     program = tl.program_id(0)
     if program < parts:
         _fold(
-            program, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, square_ptr, tall_ptr,
-            constant_ptr, taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS, REVERSE, QB, HEADS, HAS_BIAS, FOR_BACKWARD,
-            BC, BG,
+            program, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr,
+            constant_ptr, taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS, REVERSE, QB, HEADS, HAS_BIAS, BC, BG,
         )  # fmt: skip
     else:
         first = (program - parts) * BLOCK
         _copy(up_w_ptr, up_w_copy_ptr, first, up_w_size, BLOCK)
         _copy(up_b_ptr, up_b_copy_ptr, first, up_b_size, BLOCK)
         _copy(down_w_ptr, down_w_copy_ptr, first, down_w_size, BLOCK)
-
-
-@triton.jit
-def _square(ptr, part, which: tl.constexpr, BC: tl.constexpr, TURNED: tl.constexpr):
-    """Block-diagonal matrix of Wq (0), Wk (1) or Wv (2): [in, out], or [out, in] if TURNED."""
-    i = tl.arange(0, BC)
-    place = i[None, :] * BC + i[:, None] if TURNED else i[:, None] * BC + i[None, :]
-    return tl.load(ptr + (part * 3 + which) * BC * BC + place)
-
-
-@triton.jit
-def _tall(ptr, part, which: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, TURNED: tl.constexpr):
-    """Map from c (0) or a (1) to the gates: (BC, BG), or (BG, BC) if TURNED."""
-    i = tl.arange(0, BC)
-    g = tl.arange(0, BG)
-    place = i[None, :] * BG + g[:, None] if TURNED else i[:, None] * BG + g[None, :]
-    return tl.load(ptr + (part * 2 + which) * BC * BG + place)

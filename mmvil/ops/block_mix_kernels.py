@@ -127,18 +127,20 @@ def _put(ptr, place, E, even, odd, has_even, has_odd):
 @triton.jit
 def _emit(
     pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, part, tokens, conv_b_ptr,
-    matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr, EVEN: tl.constexpr,
+    matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
+    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S."""
-    dtype = c_ptr.dtype.element_ty
+    dtype = pre_ptr.dtype.element_ty
     inside = (channel < E)[None, :] | EVEN
     has_even, has_odd = live_even[:, None] & inside, live_odd[:, None] & inside
     place = token[:, None] * E + channel[None, :]
-    c_even = _silu(_plus_bias(pre_even, conv_b_ptr, channel, E, EVEN)).to(dtype)
-    c_odd = _silu(_plus_bias(pre_odd, conv_b_ptr, channel, E, EVEN)).to(dtype)
-    _put(c_ptr, place, E, c_even, c_odd, has_even, has_odd)
+    pre_even = _plus_bias(pre_even, conv_b_ptr, channel, E, EVEN).to(dtype)
+    pre_odd = _plus_bias(pre_odd, conv_b_ptr, channel, E, EVEN).to(dtype)
+    _put(pre_ptr, place, E, pre_even, pre_odd, has_even, has_odd)
+    # c is that of the rounded value, which is all that the other kernels know
+    c_even, c_odd = _silu(pre_even.to(tl.float32)).to(dtype), _silu(pre_odd.to(tl.float32)).to(dtype)
     c, a = _stack(c_even, c_odd, PAIRS), _stack(a_even, a_odd, PAIRS)
     c_rows, a_rows = _as_rows(c, 2 * PAIRS), _as_rows(a, 2 * PAIRS)
     c_low, c_high = _halves(c, 2 * PAIRS)
@@ -157,23 +159,22 @@ def _emit(
         a_rows, a_low, a_high, mv, mv_high, bv_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
     )
     _put(v_ptr, place, E, v_even, v_odd, has_even, has_odd)
-    if WITH_GATES:
-        from_c, from_a = gate_matrices
-        gate = tl.dot(c_rows, from_c, input_precision=PRECISION)
-        gate = tl.dot(a_rows, from_a, gate, input_precision=PRECISION)
-        g = tl.arange(0, BG)
-        live = tl.reshape(tl.permute(tl.join(live_even, live_odd), (1, 0)), (2 * PAIRS,))
-        row = tl.reshape(tl.permute(tl.join(token, token + 1), (1, 0)), (2 * PAIRS,)) + part.to(tl.int64) * tokens
-        tl.store(gate_ptr + row[:, None] * GATES + g[None, :], gate, mask=live[:, None] & (g < GATES)[None, :])
+    from_c, from_a = gate_matrices
+    gate = tl.dot(c_rows, from_c, input_precision=PRECISION)
+    gate = tl.dot(a_rows, from_a, gate, input_precision=PRECISION)
+    g = tl.arange(0, BG)
+    live = tl.reshape(tl.permute(tl.join(live_even, live_odd), (1, 0)), (2 * PAIRS,))
+    row = tl.reshape(tl.permute(tl.join(token, token + 1), (1, 0)), (2 * PAIRS,)) + part.to(tl.int64) * tokens
+    tl.store(gate_ptr + row[:, None] * GATES + g[None, :], gate, mask=live[:, None] & (g < GATES)[None, :])
 
 
 @triton.jit
-def _weight(w_ptr, channel, stride_c, stride_t, i: tl.constexpr, E, EVEN: tl.constexpr, PAIRS: tl.constexpr):
+def _weight(w_ptr, channel, i: tl.constexpr, E, EVEN: tl.constexpr, PAIRS: tl.constexpr):
     """Tap i as a tile (PAIRS, 32), so that it comes in the activations' layout."""
     place = tl.broadcast_to(channel[None, :], (PAIRS, WIDTH))
     if EVEN:
-        return tl.load(w_ptr + place * stride_c + i * stride_t)
-    return tl.load(w_ptr + place * stride_c + i * stride_t, mask=place < E, other=0.0)
+        return tl.load(w_ptr + i * E + place)
+    return tl.load(w_ptr + i * E + place, mask=place < E, other=0.0)
 
 
 @triton.jit
@@ -195,13 +196,14 @@ def _load_line(line, a_row, has0, has1, has2, has3):
 
 @triton.jit(do_not_specialize=['B', 'S', 'GH', 'GW', 'ROWS', 'row_blocks', 'parts'])
 def mix2d_kernel(
-    a_ptr, a_batch, a_row, conv_ptr, conv_channel, conv_tap, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
-    bq_ptr, bk_ptr, bv_ptr, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, parts,
-    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr, EVEN: tl.constexpr,
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
+    bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, parts,
+    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """c = SiLU(conv(a) + b), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates, (parts, B * S, GATES).
+    """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates.
 
+    Shares are (parts, B * S, GATES).
     A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Grid: strips * parts.
     """
     part = tl.program_id(0) % parts
@@ -221,15 +223,15 @@ def mix2d_kernel(
     if SPLIT:
         matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
     gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
-    w0 = _weight(conv_ptr, channel, conv_channel, conv_tap, 0, E, EVEN, PAIRS)
-    w1 = _weight(conv_ptr, channel, conv_channel, conv_tap, 1, E, EVEN, PAIRS)
-    w2 = _weight(conv_ptr, channel, conv_channel, conv_tap, 2, E, EVEN, PAIRS)
-    w3 = _weight(conv_ptr, channel, conv_channel, conv_tap, 3, E, EVEN, PAIRS)
-    w4 = _weight(conv_ptr, channel, conv_channel, conv_tap, 4, E, EVEN, PAIRS)
-    w5 = _weight(conv_ptr, channel, conv_channel, conv_tap, 5, E, EVEN, PAIRS)
-    w6 = _weight(conv_ptr, channel, conv_channel, conv_tap, 6, E, EVEN, PAIRS)
-    w7 = _weight(conv_ptr, channel, conv_channel, conv_tap, 7, E, EVEN, PAIRS)
-    w8 = _weight(conv_ptr, channel, conv_channel, conv_tap, 8, E, EVEN, PAIRS)
+    w0 = _weight(conv_ptr, channel, 0, E, EVEN, PAIRS)
+    w1 = _weight(conv_ptr, channel, 1, E, EVEN, PAIRS)
+    w2 = _weight(conv_ptr, channel, 2, E, EVEN, PAIRS)
+    w3 = _weight(conv_ptr, channel, 3, E, EVEN, PAIRS)
+    w4 = _weight(conv_ptr, channel, 4, E, EVEN, PAIRS)
+    w5 = _weight(conv_ptr, channel, 5, E, EVEN, PAIRS)
+    w6 = _weight(conv_ptr, channel, 6, E, EVEN, PAIRS)
+    w7 = _weight(conv_ptr, channel, 7, E, EVEN, PAIRS)
+    w8 = _weight(conv_ptr, channel, 8, E, EVEN, PAIRS)
     first_row = (strip % row_blocks) * ROWS
     line = a_ptr + (batch * a_batch + (first_row - 1).to(tl.int64) * GW * a_row + col * a_row)[:, None]
     line += channel[None, :]
@@ -257,8 +259,8 @@ def mix2d_kernel(
         next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, 0.0), _three(x1, x2, x3, w0, w1, w2, 0.0)
         _emit(
             pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, part, B.to(tl.int64) * S, conv_b_ptr,
-            matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            GATES, SPLIT, HAS_BIAS, WITH_GATES, EVEN, PRECISION, PAIRS, BG,
+            matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
+            GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         a_even, a_odd = new_even, new_odd
         token += GW
@@ -278,9 +280,9 @@ def _load_five(line, a_row, t, inside, S):
 
 @triton.jit(do_not_specialize=['B', 'S', 'ROWS', 'blocks', 'parts'])
 def mix1d_kernel(
-    a_ptr, a_batch, a_row, conv_ptr, conv_channel, conv_tap, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
-    bq_ptr, bk_ptr, bv_ptr, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, ROWS, blocks, parts,
-    REVERSE: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr,
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
+    bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, ROWS, blocks, parts,
+    REVERSE: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs of tokens."""
@@ -295,10 +297,10 @@ def mix1d_kernel(
     if SPLIT:
         matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
     gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
-    w0 = _weight(conv_ptr, channel, conv_channel, conv_tap, 0, E, EVEN, PAIRS)
-    w1 = _weight(conv_ptr, channel, conv_channel, conv_tap, 1, E, EVEN, PAIRS)
-    w2 = _weight(conv_ptr, channel, conv_channel, conv_tap, 2, E, EVEN, PAIRS)
-    w3 = _weight(conv_ptr, channel, conv_channel, conv_tap, 3, E, EVEN, PAIRS)
+    w0 = _weight(conv_ptr, channel, 0, E, EVEN, PAIRS)
+    w1 = _weight(conv_ptr, channel, 1, E, EVEN, PAIRS)
+    w2 = _weight(conv_ptr, channel, 2, E, EVEN, PAIRS)
+    w3 = _weight(conv_ptr, channel, 3, E, EVEN, PAIRS)
     FIRST: tl.constexpr = 0 if REVERSE else -3
     t = (strip % blocks) * ROWS * PAIRS * 2 + tl.arange(0, PAIRS) * 2
     line = a_ptr + (batch * a_batch + (t + FIRST).to(tl.int64) * a_row)[:, None] + channel[None, :]
@@ -315,8 +317,8 @@ def mix1d_kernel(
         _emit(
             x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3, x1 * w0 + x2 * w1 + x3 * w2 + x4 * w3, a_even, a_odd,
             batch * S + t, t < S, t + 1 < S, channel, part, B.to(tl.int64) * S, conv_b_ptr, matrices, matrices_high,
-            bq_ptr, bk_ptr, bv_ptr, gate_matrices, c_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            GATES, SPLIT, HAS_BIAS, WITH_GATES, EVEN, PRECISION, PAIRS, BG,
+            bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
+            GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         t += 2 * PAIRS
 
