@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import mlstm
 from ..ops.mlstm import AUTOCAST_DEVICES, BACKENDS
-from .fused import run_fused, say_once, why_not_fused
+from .fused import give_up_fused, run_fused, say_once, why_not_fused
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 
 __all__ = ['ViLBlock', 'ViLLayer']
@@ -179,7 +179,10 @@ class ViLBlock(BaseModule):
             reason = why_not_fused(self, x)
             if reason is None:
                 _check_tokens(x, grid, self.layer.embed_dims)
-                return run_fused(self, x, grid)
+                try:
+                    return run_fused(self, x, grid)
+                except Exception as error:
+                    reason = give_up_fused(x, error)
             say_once(reason)
         return x + self.drop_path(self.layer(self.norm(x), grid))
 

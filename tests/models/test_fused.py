@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mmvil.models import ViLBlock, VisionLSTM
-from mmvil.models.fused import run_fused, why_not_fused
+from mmvil.models.fused import give_up_fused, run_fused, why_not_fused
 from mmvil.ops.triton_launch import interpreting
 
 on_kernels = pytest.mark.skipif(
@@ -127,6 +127,19 @@ def test_what_is_not_covered_says_so() -> None:
     before = why_not_fused(parametrised, x)
     torch.nn.utils.parametrizations.weight_norm(parametrised.layer.proj_down)
     assert why_not_fused(parametrised, x) == before
+
+
+def test_what_cannot_be_built_is_given_up_and_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr('mmvil.models.fused._device_reasons', {('cpu', None, torch.float32): None})
+    block, x = ViLBlock(16, fused=True), torch.zeros(1, 4, 16)
+    assert why_not_fused(block, x) is None
+    with pytest.raises(ValueError, match='another'):
+        give_up_fused(x, ValueError('another'))
+    assert why_not_fused(block, x) is None
+    assert 'shared memory' in give_up_fused(x, OutOfResources(2, 1, 'shared memory'))
+    assert 'shared memory' in why_not_fused(block, x)
 
 
 @pytest.mark.gpu
