@@ -34,7 +34,7 @@ class ViLLayer(BaseModule):
         proj_bias: Whether the up, down, query, key and value projections have biases.
         norm_bias: Whether the head norm has a bias.
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
-        fused: Let `ViLBlock` run on fused kernels where a GPU can. Experimental: see `VisionLSTM`.
+        fused: Let `ViLBlock` run on fused kernels where a GPU can.
         init_num_blocks: Sub-blocks that the initial scale of the down-projection is divided by. The published models
             were started with 1.
         init_cfg: mmengine initialisation config.
@@ -58,7 +58,7 @@ class ViLLayer(BaseModule):
         proj_bias: bool = True,
         norm_bias: bool = True,
         mlstm_backend: str = 'auto',
-        fused: bool = False,
+        fused: bool = True,
         init_num_blocks: int = 1,
         init_cfg: dict | list | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .eager import operators_may_be_skipped
-from .triton_launch import choose_form, empty_rows_like
+from .triton_launch import choose_form, empty_rows_like, is_compile_failure
 
 __all__ = ['WEIGHTS', 'fused_block']
 
@@ -215,9 +215,16 @@ def _backward(
     with torch.cuda.device_of(x):
         shape = _shape(x, named, rows, columns, heads, reverse)
         u, gates, h, pre, k, v, *statistics = saved
-        dx, gradients = _backward_launchers().block_backward(
-            shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
-        )
+        try:
+            dx, gradients = _backward_launchers().block_backward(
+                shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
+            )
+        except Exception as error:
+            if is_compile_failure(error):  # the plain modules would need activations that are gone by now
+                raise RuntimeError(
+                    'the fused backward pass cannot be built here; build the model with fused=False'
+                ) from error
+            raise
     for name, parts in GATES.items():
         gradients.update(zip(parts, gradients.pop(name).chunk(2), strict=True))
     return dx, gradients

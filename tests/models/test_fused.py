@@ -101,7 +101,7 @@ def test_drop_path_scales_whole_images(dtype: torch.dtype) -> None:
 def test_what_is_not_covered_says_so() -> None:
     x = torch.zeros(1, 4, 16)
     cases = {
-        'switched off': ViLBlock(16),
+        'switched off': ViLBlock(16, fused=False),
         'parallel': ViLBlock(16, mlstm_backend='parallel', fused=True),
         '3 x 3': ViLBlock(16, conv_kernel_size=5, fused=True),
         'power of two': ViLBlock(24, qkv_block_size=6, fused=True),
