@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..ops.block_op import WEIGHTS, fused_block
 from ..ops.mlstm import constant_when_compiled, why_not_triton
-from ..ops.triton_launch import MAX_HEAD_DIM
+from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure
 from . import block as plain
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 
-__all__ = ['fused_weights', 'run_fused', 'why_not_fused']
+__all__ = ['fused_weights', 'give_up_fused', 'run_fused', 'why_not_fused']
 
 MAX_BLOCK = 16
 """Largest edge of the projections' blocks that the kernels are made for."""
@@ -120,6 +120,27 @@ def run_fused(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         scale = block.drop_path.factors(x)
         return fused_block(x, fused_weights(block), scale, grid, layer.num_heads, layer.reverse, dtype)
+
+
+def give_up_fused(x: Tensor, error: Exception) -> str:
+    """Note that the kernels cannot be built for tokens like these, so that the plain modules run from now on.
+
+    Args:
+        x: Tokens that the kernels were to be built for.
+        error: What `run_fused` raised.
+
+    Returns:
+        The reason, as `why_not_fused` gives it from now on.
+
+    Raises:
+        Exception: `error`, if it is of another kind.
+    """
+    if not is_compile_failure(error):
+        raise error
+    dtype = compute_dtype(x)
+    reason = f'the fused kernels cannot be built for {dtype} on this device: {type(error).__name__}: {error}'
+    _device_reasons[x.device.type, x.device.index, dtype] = reason
+    return reason
 
 
 def fused_weights(block: nn.Module) -> dict[str, Tensor]:

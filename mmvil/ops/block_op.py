@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .eager import operators_may_be_skipped
-from .triton_launch import choose_form, empty_rows_like
+from .triton_launch import choose_form, empty_rows_like, is_compile_failure
 
 __all__ = ['WEIGHTS', 'fused_block']
 
@@ -33,6 +33,11 @@ GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
 @functools.cache
 def _launchers() -> ModuleType:
     return importlib.import_module('.block', __package__)
+
+
+@functools.cache
+def _backward_launchers() -> ModuleType:
+    return importlib.import_module('.block_backward', __package__)
 
 
 @functools.cache
@@ -89,7 +94,8 @@ def vil_block_fwd(
         dtype: Type that activations are stored in and multiplied as.
 
     Returns:
-        The new residual stream, and after it what the backward pass needs: u, gates, h and the cell's statistics.
+        The new residual stream, and after it what the backward pass needs: u, gates, h, the
+        convolution's output, k, v and the cell's statistics.
     """
     return _forward(x, _by_name(weights, names), scale, rows, columns, heads, reverse, dtype)
 
@@ -115,7 +121,8 @@ def _(
     shape = _launchers().BlockShape(
         batch, (rows, columns), heads, inner, named['wq'].shape[-1], named['conv_w'].dim() == 4, reverse
     )
-    return [torch.empty_like(x), u, gates, empty_rows_like(q), *_cell(shape).empty_saved(q)]
+    kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(3)]
+    return [torch.empty_like(x), u, gates, empty_rows_like(q), *kept, *_cell(shape).empty_saved(q)]
 
 
 @torch.library.custom_op('mmvil::vil_block_bwd', mutates_args=())
@@ -196,8 +203,8 @@ def _forward(
     """Results of `vil_block_fwd`."""
     with torch.cuda.device_of(x):
         shape = _shape(x, named, rows, columns, heads, reverse)
-        out, u, gates, h, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale)
-        return [out, u, gates, h, *statistics]
+        out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale)
+        return [out, *saved, *statistics]
 
 
 def _backward(
@@ -207,10 +214,17 @@ def _backward(
     """Gradients of x and, by short name, of the parameters; these may be views, of any floating dtype."""
     with torch.cuda.device_of(x):
         shape = _shape(x, named, rows, columns, heads, reverse)
-        u, gates, h, *statistics = saved
-        dx, gradients = _launchers().block_backward(
-            shape, _cell(shape), dout, x, u, gates, h, tuple(statistics), named, scale
-        )
+        u, gates, h, pre, k, v, *statistics = saved
+        try:
+            dx, gradients = _backward_launchers().block_backward(
+                shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
+            )
+        except Exception as error:
+            if is_compile_failure(error):  # the plain modules would need activations that are gone by now
+                raise RuntimeError(
+                    'the fused backward pass cannot be built here; build the model with fused=False'
+                ) from error
+            raise
     for name, parts in GATES.items():
         gradients.update(zip(parts, gradients.pop(name).chunk(2), strict=True))
     return dx, gradients

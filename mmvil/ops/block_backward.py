@@ -1,0 +1,321 @@
+"""Launchers of the fused ViL block's exact backward pass. Works on tensors, knows no modules.
+
+Everything is token-major and seen as rows of N = B * S tokens. Kept from the forward pass are the input, the
+up-projection's output, the gates, the convolution's output, keys, values and the cell's output with its statistics;
+the rest is computed again. Sums over tokens end in one kernel for all parameters.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+import triton
+from torch import Tensor
+
+from . import block_backward_kernels, block_backward_norm_kernels
+from .block import NORM_EPS, BlockShape
+from .fast_launch import FastKernels
+from .triton_launch import dot_precision
+
+__all__ = ['block_backward']
+
+kernels = FastKernels(block_backward_kernels)
+norm_kernels = FastKernels(block_backward_norm_kernels)
+
+STRIP_COLUMNS = 16
+MAX_STRIP_ROWS = 32
+# Elements of a tile (or tokens and channels), warps, stages where the loop is pipelined, and programs aimed at.
+SETTINGS = {
+    'branch': (1024, 1, 2048),
+    'norm': (1024, 1, 2048),
+    'output': (512, 1, 4096),
+    'query': (32, 32, 1, 3, 4096),
+    'mix': (32, 32, 1, 3, 2048),
+    'conv': (32, 4, 2048),
+    'sum': (16, 64, 4),
+}
+
+
+def _walk(shape: BlockShape) -> tuple[int, int]:
+    """Rows and columns that strips are cut from."""
+    return shape.grid if shape.two_dimensional else (triton.cdiv(shape.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
+
+
+def _strips(shape: BlockShape) -> tuple[int, int, int]:
+    """Rows of a strip, strips above each other, strips in all."""
+    rows, width = _walk(shape)
+    height = min(rows, MAX_STRIP_ROWS)
+    row_blocks = triton.cdiv(rows, height)
+    return height, row_blocks, row_blocks * triton.cdiv(width, STRIP_COLUMNS)
+
+
+def _channels(shape: BlockShape, most: int) -> int:
+    """Channels of a tile: a power of two that holds whole blocks."""
+    return max(16, min(most, triton.next_power_of_2(shape.inner)))
+
+
+def _gate_columns(shape: BlockShape) -> int:
+    """Columns of a tile of gates."""
+    return max(16, triton.next_power_of_2(2 * shape.heads))
+
+
+def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
+    """Biases of the projections, or something to point to where there are none."""
+    return [weights['conv_b'] if weights[name] is None else weights[name] for name in ('bq', 'bk', 'bv')]
+
+
+class _Sums:
+    """Partial sums of five kernels in one buffer, and their totals.
+
+    Args:
+        like: A tensor on the device.
+        sizes: (programs, sums per program) of each kernel.
+    """
+
+    def __init__(self, like: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
+        self.sizes = sizes
+        parts = like.new_empty(sum(rows * width for rows, width in sizes), dtype=torch.float32)
+        self.parts = parts.split([rows * width for rows, width in sizes])
+        self.buffer = parts
+
+    def totals(self) -> tuple[Tensor, ...]:
+        """Sums over programs, one vector per kernel."""
+        height, width, warps = SETTINGS['sum']
+        rows, widths = zip(*self.sizes, strict=True)
+        totals = self.buffer.new_empty(sum(widths))
+        kernels.sum_kernel[(sum(triton.cdiv(x, width) for x in widths),)](
+            self.buffer, totals, *rows, *widths, BM=height, BC=width, num_warps=warps
+        )
+        return totals.split(widths)
+
+
+def _steps(tokens: int, height: int, programs: int) -> tuple[int, int]:
+    """Tiles that a program walks, and programs, so that there are about as many as wanted."""
+    steps = max(1, triton.cdiv(tokens, height * programs))
+    return steps, triton.cdiv(tokens, height * steps)
+
+
+def _row_tile(name: str, dims: int) -> tuple[int, int]:
+    """Rows and columns of a tile that holds whole rows of `dims` elements."""
+    width = triton.next_power_of_2(dims)
+    return max(1, SETTINGS[name][0] // width), width
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, NH, S, DH) as (B * S, NH * DH), without a copy if it is token-major."""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+class _Backward:
+    """One run: sizes, tiles and the buffers of sums."""
+
+    def __init__(self, shape: BlockShape, u: Tensor, dims: int, weights: dict[str, Tensor | None]) -> None:
+        self.shape, self.weights, self.dtype = shape, weights, u.dtype
+        self.count, self.dims = shape.batch * shape.tokens, dims
+        self.u = u.view(self.count, 2 * shape.inner)
+        self.a, self.z = self.u.chunk(2, 1)
+        self.taps = weights['conv_w'].flatten(1).shape[1]
+        self.branch = _steps(self.count, _row_tile('branch', dims)[0], SETTINGS['branch'][2])
+        self.norm = _steps(self.count, _row_tile('norm', dims)[0], SETTINGS['norm'][2])
+        self.output = _steps(
+            self.count, _row_tile('output', shape.inner // shape.heads)[0], SETTINGS['output'][2] // shape.heads
+        )
+        self.mix = self._flat('mix')
+        self.conv = self._groups()
+        inner, block, heads = shape.inner, shape.block, shape.heads
+        common = inner * (block + 1 + 2 * heads)
+        self.sums = _Sums(
+            u,
+            (
+                (self.branch[1], dims),
+                (self.norm[1], 2 * dims),
+                (self.output[1], 4 * inner),
+                (self.mix[1], common + inner * (block + 1) + 2 * heads),
+                (self.conv[0] * _strips(shape)[2], common + inner * (self.taps + 2)),
+            ),
+        )
+
+    def _parts(self, channels: int) -> int:
+        return triton.cdiv(self.shape.inner, channels)
+
+    def _flat(self, name: str) -> tuple[int, int]:
+        """Steps and programs of a kernel on tiles of tokens and channels."""
+        height, most, *_, programs = SETTINGS[name]
+        parts = self._parts(_channels(self.shape, most))
+        return _steps(self.count, height, max(1, programs // parts))
+
+    def _groups(self) -> tuple[int, int]:
+        """Groups of images, and images of each, so that there are programs enough but few partial sums."""
+        batch, (most, _, programs) = self.shape.batch, SETTINGS['conv']
+        parts = self._parts(_channels(self.shape, most))
+        groups = max(1, min(batch, programs // (parts * _strips(self.shape)[2])))
+        images = triton.cdiv(batch, groups)
+        return triton.cdiv(batch, images), images
+
+    def branch_gradient(self, dout: Tensor, scale: Tensor | None) -> Tensor:
+        """Gradient of the branch (N, D) in the activations' type."""
+        height, width = _row_tile('branch', self.dims)
+        branch = torch.empty_like(dout, dtype=self.dtype)
+        steps, programs = self.branch
+        norm_kernels.branch_kernel[(programs,)](
+            dout, dout if scale is None else scale, branch, self.sums.parts[0], self.count, self.shape.tokens,
+            self.dims, steps, SCALED=scale is not None, BM=height, BD=width, num_warps=SETTINGS['branch'][1],
+        )  # fmt: skip
+        return branch
+
+    def queries(self, pre: Tensor) -> Tensor:
+        """q (N, E)."""
+        shape, weights = self.shape, self.weights
+        height, most, warps, stages, _ = SETTINGS['query']
+        channels = _channels(shape, most)
+        steps, programs = self._flat('query')
+        q = torch.empty_like(pre)
+        kernels.query_kernel[(self._parts(channels), programs)](
+            pre, weights['wq'], _biases(weights)[0], q, self.count, shape.inner, steps, QB=shape.block,
+            HAS_BIAS=weights['bq'] is not None, PRECISION=dot_precision(self.dtype), BM=height, BC=channels,
+            STAGES=stages, num_warps=warps,
+        )  # fmt: skip
+        return q
+
+    def output_gradients(self, h: Tensor, pre: Tensor, dy: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, dh, dc (N, E); dz is written in place."""
+        shape, weights = self.shape, self.weights
+        dim = shape.inner // shape.heads
+        height, width = _row_tile('output', dim)
+        y, dh, dc = (torch.empty_like(pre) for _ in range(3))
+        bias = weights['head_b']
+        steps, programs = self.output
+        norm_kernels.output_backward_kernel[(programs, shape.heads)](
+            h, pre, self.z, self.z.stride(0), weights['head_w'], weights['head_w'] if bias is None else bias,
+            weights['skip'], dy, y, dz, dz.stride(0), dh, dc, self.sums.parts[2], self.count, shape.inner, NORM_EPS,
+            steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=SETTINGS['output'][1],
+        )  # fmt: skip
+        return y, dh, dc
+
+    def gate_maps(self) -> Tensor:
+        """The gates as linear maps of c and a, (2, E, columns)."""
+        shape, weights = self.shape, self.weights
+        channels, gates = _channels(shape, 32), _gate_columns(shape)
+        maps = self.u.new_empty(2, shape.inner, gates)
+        kernels.gate_map_kernel[(self._parts(channels),)](
+            weights['wq'], weights['wk'], weights['wv'], weights['wg'], maps, shape.inner, QB=shape.block,
+            HEADS=shape.heads, BC=channels, BG=gates, num_warps=4,
+        )  # fmt: skip
+        return maps
+
+    def mix_gradient(
+        self, pre: Tensor, dq: Tensor, dk: Tensor, dc: Tensor, dgates: Sequence[Tensor], maps: Tensor
+    ) -> Tensor:
+        """Gradient of `pre`, in the memory of dc."""
+        shape, weights = self.shape, self.weights
+        height, most, warps, stages, _ = SETTINGS['mix']
+        channels = _channels(shape, most)
+        steps, programs = self.mix
+        kernels.mix_backward_kernel[(self._parts(channels), programs)](
+            pre, dq, dk, dc, *dgates, weights['wq'], weights['wk'], maps, dc, self.sums.parts[3], self.count,
+            shape.tokens, shape.inner, steps, self.sums.sizes[3][1], QB=shape.block, HEADS=shape.heads,
+            PRECISION=dot_precision(self.dtype), BM=height, BC=channels, BG=maps.shape[2], STAGES=stages,
+            num_warps=warps,
+        )  # fmt: skip
+        return dc
+
+    def value_gradient(self, dpre: Tensor, dv: Tensor, dgates: Sequence[Tensor], maps: Tensor, da: Tensor) -> None:
+        """Write the gradient of a."""
+        shape, weights = self.shape, self.weights
+        most, warps, _ = SETTINGS['conv']
+        channels = _channels(shape, most)
+        height, row_blocks, strips = _strips(self.shape)
+        groups, images = self.conv
+        last = self.taps - 1 if shape.reverse else 0
+        if shape.two_dimensional:
+            kernel = kernels.conv2d_backward_kernel
+            sizes = (*_walk(shape), shape.inner, height, row_blocks, strips, images, last)
+        else:
+            kernel = kernels.conv1d_backward_kernel
+            sizes = (shape.inner, height, strips, images, 0 if shape.reverse else -3, last)
+        kernel[(self._parts(channels), strips, groups)](
+            self.a, self.a.stride(0), dpre, dv, *dgates, weights['conv_w'], weights['wv'], maps, da, da.stride(0),
+            self.sums.parts[4], shape.batch, shape.tokens, *sizes, self.sums.sizes[4][1], QB=shape.block,
+            HEADS=shape.heads, PRECISION=dot_precision(self.dtype), BW=STRIP_COLUMNS, BC=channels, BG=maps.shape[2],
+            num_warps=warps,
+        )  # fmt: skip
+
+    def norm_gradient(self, x: Tensor, dnorm: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of x, the residual's included, and the norm's output."""
+        weight, bias = self.weights['norm_w'], self.weights['norm_b']
+        height, width = _row_tile('norm', self.dims)
+        dx, normalised = torch.empty_like(x), torch.empty_like(dnorm)
+        steps, programs = self.norm
+        norm_kernels.layer_norm_backward_kernel[(programs,)](
+            x, weight, weight if bias is None else bias, dnorm, dout, dx, normalised, self.sums.parts[1], self.count,
+            self.dims, NORM_EPS, steps, HAS_BIAS=bias is not None, BM=height, BD=width,
+            num_warps=SETTINGS['norm'][1],
+        )  # fmt: skip
+        return dx, normalised
+
+    def parameter_gradients(self) -> dict[str, Tensor]:
+        """All gradients that are sums over tokens, float32, flat."""
+        shape, weights, inner, block = self.shape, self.weights, self.shape.inner, self.shape.block
+        branch, norm, output, mix, value = self.sums.totals()
+        channels = _channels(shape, 32)
+        matrices, biases, wg = (
+            mix.new_empty(3, inner * block),
+            mix.new_empty(3, inner),
+            mix.new_empty(2 * shape.heads, 3 * inner),
+        )
+        kernels.finish_kernel[(self._parts(channels),)](
+            mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wg'], *_biases(weights), matrices,
+            biases, wg, inner, QB=block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels,
+            BG=_gate_columns(shape), num_warps=4,
+        )  # fmt: skip
+        head_w, head_b, skip, dz_sum = output.view(4, inner)
+        conv_w, conv_b, da_sum = value[inner * (block + 1 + 2 * shape.heads) :].split([inner * self.taps, inner, inner])
+        return {
+            'norm_w': norm[: self.dims], 'norm_b': norm[self.dims :], 'down_b': branch,
+            'up_b': torch.cat([da_sum, dz_sum]), 'conv_w': conv_w, 'conv_b': conv_b,
+            'wq': matrices[0], 'wk': matrices[1], 'wv': matrices[2], 'bq': biases[0], 'bk': biases[1], 'bv': biases[2],
+            'wg': wg, 'gate_b': mix[-2 * shape.heads :], 'head_w': head_w, 'head_b': head_b, 'skip': skip,
+        }  # fmt: skip
+
+
+def block_backward(
+    shape: BlockShape, cell: ModuleType, dout: Tensor, x: Tensor, u: Tensor, gates: Tensor, h: Tensor, pre: Tensor,
+    k: Tensor, v: Tensor, statistics: Sequence[Tensor], weights: dict[str, Tensor | None], scale: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Gradients of one block.
+
+    Args:
+        shape: Sizes and direction.
+        cell: Module with the mLSTM's `forward` and `backward`, such as `triton_quadratic`.
+        dout: Gradient of the new residual stream, (B, S, D).
+        x: The block's input.
+        u: From the forward pass, like the following up to `statistics`.
+        gates: Gates' pre-activations.
+        h: Output of the cell.
+        pre: Output of the convolution.
+        k: Keys.
+        v: Values.
+        statistics: What the cell keeps.
+        weights: The block's parameters by short name.
+        scale: Drop path factor per image, or None.
+
+    Returns:
+        Gradient of x, and of every parameter by short name, float32 or the activations' dtype.
+    """
+    run = _Backward(shape, u, x.shape[2], weights)
+    x_rows, dout, pre = x.flatten(0, 1), dout.contiguous().flatten(0, 1), pre.flatten(0, 1)
+    branch = run.branch_gradient(dout, scale)
+    dy = branch @ weights['down_w'].to(run.dtype)
+    du = torch.empty_like(run.u)
+    da, dz = du.chunk(2, 1)
+    y, dh, dc = run.output_gradients(_rows(h), pre, dy, dz)
+    down_w = branch.t() @ y
+    q = run.queries(pre)
+    heads = [t.view_as(k).unflatten(2, (shape.heads, -1)).transpose(1, 2) for t in (dh, q, k, v)]
+    *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, 1e-6)
+    dq, dk, dv = (_rows(t) for t in dqkv)
+    maps = run.gate_maps()
+    dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)
+    run.value_gradient(dpre, dv, (di, df), maps, da)
+    dx, normalised = run.norm_gradient(x_rows, du @ weights['up_w'].to(run.dtype), dout)
+    return dx.view_as(x), {'up_w': du.t() @ normalised, 'down_w': down_w, **run.parameter_gradients()}

@@ -1,0 +1,122 @@
+"""Device code of a ViL block's backward pass at its ends: drop path, norm, and the gated output after the mLSTM cell.
+
+Names as in `block_norm_kernels.py`; a token is a row n of N = B * S. Sums over tokens are written per program, one row
+of partial sums each, and added up by `sum_kernel` of `block_backward_kernels.py`.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ['branch_kernel', 'layer_norm_backward_kernel', 'output_backward_kernel']
+
+
+@triton.jit(do_not_specialize=['N', 'S', 'steps'])
+def branch_kernel(
+    dout_ptr, scale_ptr, branch_ptr, sums_ptr, N, S, D, steps,
+    SCALED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the branch, dout times the image's drop path factor, in the branch's type; its sum over tokens."""
+    program = tl.program_id(0)
+    col = tl.arange(0, BD)
+    total = tl.zeros((BM, BD), tl.float32)
+    for step in range(steps):
+        n = (program * steps + step) * BM + tl.arange(0, BM)
+        mask = (n < N)[:, None] & (col < D)[None, :]
+        place = n.to(tl.int64)[:, None] * D + col[None, :]
+        dout = tl.load(dout_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if SCALED:
+            dout *= tl.load(scale_ptr + n // S, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        total += dout
+        tl.store(branch_ptr + place, dout.to(branch_ptr.dtype.element_ty), mask=mask)
+    tl.store(sums_ptr + program.to(tl.int64) * D + col, tl.sum(total, 0), mask=col < D)
+
+
+@triton.jit(do_not_specialize=['N', 'steps'])
+def layer_norm_backward_kernel(
+    x_ptr, w_ptr, b_ptr, dn_ptr, dout_ptr, dx_ptr, norm_ptr, sums_ptr, N, D, eps, steps,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dx = dout + norm'(dn), and the norm's output again; sums over the rows: dn * normalised, dn."""
+    program = tl.program_id(0)
+    col = tl.arange(0, BD)
+    w = tl.load(w_ptr + col, mask=col < D, other=0.0).to(tl.float32) + 1.0
+    bias = tl.zeros((BD,), tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(b_ptr + col, mask=col < D, other=0.0).to(tl.float32)
+    dw = tl.zeros((BD,), tl.float32)
+    db = tl.zeros((BD,), tl.float32)
+    for step in range(steps):
+        n = (program * steps + step) * BM + tl.arange(0, BM)
+        mask = (n < N)[:, None] & (col < D)[None, :]
+        place = n.to(tl.int64)[:, None] * D + col[None, :]
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dn = tl.load(dn_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dx = tl.load(dout_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(x, 1) / D
+        centred = tl.where(mask, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+        normalised = centred * rstd[:, None]
+        tl.store(norm_ptr + place, (normalised * w[None, :] + bias[None, :]).to(norm_ptr.dtype.element_ty), mask=mask)
+        dw += tl.sum(dn * normalised, 0)
+        db += tl.sum(dn, 0)
+        g = dn * w[None, :]
+        dx += rstd[:, None] * (g - (tl.sum(g, 1) / D)[:, None] - normalised * (tl.sum(g * normalised, 1) / D)[:, None])
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += program.to(tl.int64) * 2 * D + col
+    tl.store(sums_ptr, dw, mask=col < D)
+    tl.store(sums_ptr + D, db, mask=col < D)
+
+
+@triton.jit(do_not_specialize=['N', 'steps'])
+def output_backward_kernel(
+    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, dy_ptr, y_ptr, dz_ptr, dz_row, dh_ptr, dc_ptr, sums_ptr,
+    N, E, eps, steps, HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """y again; dz, dh, dc through the gated output of one head; sums over tokens for w, b, skip and the bias of z."""
+    program = tl.program_id(0)
+    head = tl.program_id(1)
+    d = tl.arange(0, BD)
+    channel = head * DH + d
+    w = tl.load(w_ptr + channel, mask=d < DH, other=0.0).to(tl.float32) + 1.0
+    skip = tl.load(skip_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)
+    bias = tl.zeros((BD,), tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(b_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)
+    dw = tl.zeros((BM, BD), tl.float32)
+    db = tl.zeros((BM, BD), tl.float32)
+    dskip = tl.zeros((BM, BD), tl.float32)
+    dzsum = tl.zeros((BM, BD), tl.float32)
+    for step in range(steps):
+        n = (program * steps + step) * BM + tl.arange(0, BM)
+        mask = (n < N)[:, None] & (d < DH)[None, :]
+        n = n.to(tl.int64)[:, None]
+        place = n * E + channel[None, :]
+        h = tl.load(h_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        pre = tl.load(pre_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + n * z_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        c = pre * tl.sigmoid(pre)
+        mean = tl.sum(h, 1) / DH
+        centred = tl.where(mask, h - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DH + eps)
+        normalised = centred * rstd[:, None]
+        inner = normalised * w[None, :] + skip[None, :] * c + bias[None, :]
+        sigma = tl.sigmoid(z)
+        gate = z * sigma
+        tl.store(y_ptr + place, (inner * gate).to(y_ptr.dtype.element_ty), mask=mask)
+        dz = dy * inner * (sigma + gate * (1.0 - sigma))
+        dzsum += dz
+        tl.store(dz_ptr + n * dz_row + channel[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        dinner = dy * gate
+        tl.store(dc_ptr + place, (dinner * skip[None, :]).to(dc_ptr.dtype.element_ty), mask=mask)
+        dskip += dinner * c
+        dw += dinner * normalised
+        db += dinner
+        g = dinner * w[None, :]
+        dh = rstd[:, None] * (g - (tl.sum(g, 1) / DH)[:, None] - normalised * (tl.sum(g * normalised, 1) / DH)[:, None])
+        tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+    sums_ptr += program.to(tl.int64) * 4 * E + channel
+    tl.store(sums_ptr, tl.sum(dw, 0), mask=d < DH)
+    tl.store(sums_ptr + E, tl.sum(db, 0), mask=d < DH)
+    tl.store(sums_ptr + 2 * E, tl.sum(dskip, 0), mask=d < DH)
+    tl.store(sums_ptr + 3 * E, tl.sum(dzsum, 0), mask=d < DH)
