@@ -7,6 +7,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ..ops import custom_op
 from ..ops.block_op import WEIGHTS, fused_block
 from ..ops.mlstm import constant_when_compiled, why_not_triton
 from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure
@@ -71,6 +72,8 @@ def why_not_fused(block: nn.Module, x: Tensor) -> str | None:
         return f'the kernels are made for up to 16 heads of up to {MAX_HEAD_DIM} channels'
     if x.numel() == 0:
         return 'the batch is empty'
+    if custom_op.counted_form is not None or torch.jit.is_tracing():
+        return 'the plain modules are what is counted and traced'
     for module in (block.norm, block.drop_path, layer, *layer._modules.values()):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return 'a module inside of the block has a hook'

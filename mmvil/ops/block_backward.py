@@ -14,7 +14,7 @@ from torch import Tensor
 from . import block_backward_kernels, block_backward_norm_kernels
 from .block import NORM_EPS, BlockShape
 from .fast_launch import FastKernels
-from .triton_launch import ceil_div, dot_precision, next_power_of_two
+from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
 __all__ = ['block_backward']
 
@@ -23,16 +23,14 @@ norm_kernels = FastKernels(block_backward_norm_kernels)
 
 STRIP_COLUMNS = 16
 MAX_STRIP_ROWS = 32
-# Elements of a tile (or tokens and channels), warps, stages where the loop is pipelined, and programs aimed at.
-SETTINGS = {
-    'branch': (1024, 1, 2048),
-    'norm': (1024, 1, 2048),
-    'output': (512, 1, 4096),
-    'query': (32, 32, 1, 3, 4096),
-    'mix': (32, 32, 1, 3, 2048),
-    'conv': (32, 4, 2048),
-    'sum': (16, 64, 4),
-}
+# Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and one-warp programs that
+# a multiprocessor holds by their registers on compute capability 9.0: a run of one full wave leaves no tail and the
+# fewest partial sums. Measured on one H100.
+ROW_TILES = {'branch': (1024, 1, 2, 16), 'norm': (1024, 1, 2, 12), 'output': (512, 1, 3, 8)}
+FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 24)}
+CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
+CONV_REGISTERS = 168
+SUM_TILE = (64, 32, 4)
 
 
 def _walk(shape: BlockShape) -> tuple[int, int]:
@@ -64,7 +62,7 @@ def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
 
 
 class _Sums:
-    """Partial sums of five kernels in one buffer, and their totals.
+    """Partial sums of six kernels in one buffer, and their totals.
 
     Args:
         like: A tensor on the device.
@@ -79,7 +77,7 @@ class _Sums:
 
     def totals(self) -> tuple[Tensor, ...]:
         """Sums over programs, one vector per kernel."""
-        height, width, warps = SETTINGS['sum']
+        height, width, warps = SUM_TILE
         rows, widths = zip(*self.sizes, strict=True)
         totals = self.buffer.new_empty(sum(widths))
         kernels.sum_kernel[(sum(ceil_div(x, width) for x in widths),)](
@@ -97,7 +95,7 @@ def _steps(tokens: int, height: int, programs: int) -> tuple[int, int]:
 def _row_tile(name: str, dims: int) -> tuple[int, int]:
     """Rows and columns of a tile that holds whole rows of `dims` elements."""
     width = next_power_of_two(dims)
-    return max(1, SETTINGS[name][0] // width), width
+    return max(1, ROW_TILES[name][0] // width), width
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -114,12 +112,12 @@ class _Backward:
         self.u = u.view(self.count, 2 * shape.inner)
         self.a, self.z = self.u.chunk(2, 1)
         self.taps = weights['conv_w'].flatten(1).shape[1]
-        self.branch = _steps(self.count, _row_tile('branch', dims)[0], SETTINGS['branch'][2])
-        self.norm = _steps(self.count, _row_tile('norm', dims)[0], SETTINGS['norm'][2])
-        self.output = _steps(
-            self.count, _row_tile('output', shape.inner // shape.heads)[0], SETTINGS['output'][2] // shape.heads
-        )
+        self.processors = device_limits(u.device).multiprocessors
+        self.branch = self._by_rows('branch', dims)
+        self.norm = self._by_rows('norm', dims)
+        self.output = self._by_rows('output', shape.inner // shape.heads, shape.heads)
         self.mix = self._flat('mix')
+        self.value = self._flat('value')
         self.conv = self._groups()
         inner, block, heads = shape.inner, shape.block, shape.heads
         common = inner * (block + 1 + 2 * heads)
@@ -130,24 +128,29 @@ class _Backward:
                 (self.norm[1], 2 * dims),
                 (self.output[1], 4 * inner),
                 (self.mix[1], common + inner * (block + 1) + 2 * heads),
-                (self.conv[0] * _strips(shape)[2], common + inner * (self.taps + 2)),
+                (self.value[1], common),
+                (self.conv[0] * _strips(shape)[2], inner * (self.taps + 2)),
             ),
         )
 
     def _parts(self, channels: int) -> int:
         return ceil_div(self.shape.inner, channels)
 
+    def _by_rows(self, name: str, dims: int, columns: int = 1) -> tuple[int, int]:
+        """Steps and programs of a kernel on tiles of whole rows, `columns` of which lie beside each other."""
+        return _steps(self.count, _row_tile(name, dims)[0], max(1, ROW_TILES[name][3] * self.processors // columns))
+
     def _flat(self, name: str) -> tuple[int, int]:
         """Steps and programs of a kernel on tiles of tokens and channels."""
-        height, most, *_, programs = SETTINGS[name]
+        height, most, *_, held = FLAT_TILES[name]
         parts = self._parts(_channels(self.shape, most))
-        return _steps(self.count, height, max(1, programs // parts))
+        return _steps(self.count, height, max(1, held * self.processors // parts))
 
     def _groups(self) -> tuple[int, int]:
         """Groups of images, and images of each, so that there are programs enough but few partial sums."""
-        batch, (most, _, programs) = self.shape.batch, SETTINGS['conv']
+        batch, (most, _, held) = self.shape.batch, CONV_TILE
         parts = self._parts(_channels(self.shape, most))
-        groups = max(1, min(batch, programs // (parts * _strips(self.shape)[2])))
+        groups = max(1, min(batch, held * self.processors // (parts * _strips(self.shape)[2])))
         images = ceil_div(batch, groups)
         return ceil_div(batch, images), images
 
@@ -158,14 +161,15 @@ class _Backward:
         steps, programs = self.branch
         norm_kernels.branch_kernel[(programs,)](
             dout, dout if scale is None else scale, branch, self.sums.parts[0], self.count, self.shape.tokens,
-            self.dims, steps, SCALED=scale is not None, BM=height, BD=width, num_warps=SETTINGS['branch'][1],
+            self.dims, steps, SCALED=scale is not None, BM=height, BD=width, STAGES=ROW_TILES['branch'][2],
+            num_warps=ROW_TILES['branch'][1],
         )  # fmt: skip
         return branch
 
     def queries(self, pre: Tensor) -> Tensor:
         """q (N, E)."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = SETTINGS['query']
+        height, most, warps, stages, _ = FLAT_TILES['query']
         channels = _channels(shape, most)
         steps, programs = self._flat('query')
         q = torch.empty_like(pre)
@@ -187,7 +191,8 @@ class _Backward:
         norm_kernels.output_backward_kernel[(programs, shape.heads)](
             h, pre, self.z, self.z.stride(0), weights['head_w'], weights['head_w'] if bias is None else bias,
             weights['skip'], dy, y, dz, dz.stride(0), dh, dc, self.sums.parts[2], self.count, shape.inner, NORM_EPS,
-            steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=SETTINGS['output'][1],
+            steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, STAGES=ROW_TILES['output'][2],
+            num_warps=ROW_TILES['output'][1],
         )  # fmt: skip
         return y, dh, dc
 
@@ -207,7 +212,7 @@ class _Backward:
     ) -> Tensor:
         """Gradient of `pre`, in the memory of dc."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = SETTINGS['mix']
+        height, most, warps, stages, _ = FLAT_TILES['mix']
         channels = _channels(shape, most)
         steps, programs = self.mix
         kernels.mix_backward_kernel[(self._parts(channels), programs)](
@@ -218,12 +223,25 @@ class _Backward:
         )  # fmt: skip
         return dc
 
-    def value_gradient(self, dpre: Tensor, dv: Tensor, dgates: Sequence[Tensor], maps: Tensor, da: Tensor) -> None:
-        """Write the gradient of a."""
+    def value_gradient(self, dv: Tensor, dgates: Sequence[Tensor], maps: Tensor, da: Tensor) -> None:
+        """Write what comes to a through v and the gates."""
         shape, weights = self.shape, self.weights
-        most, warps, _ = SETTINGS['conv']
+        height, most, warps, stages, _ = FLAT_TILES['value']
         channels = _channels(shape, most)
-        height, row_blocks, strips = _strips(self.shape)
+        steps, programs = self.value
+        kernels.value_backward_kernel[(self._parts(channels), programs)](
+            self.a, self.a.stride(0), dv, *dgates, weights['wv'], maps, da, da.stride(0), self.sums.parts[4],
+            self.count, shape.tokens, shape.inner, steps, self.sums.sizes[4][1], QB=shape.block, HEADS=shape.heads,
+            PRECISION=dot_precision(self.dtype), BM=height, BC=channels, BG=maps.shape[2], STAGES=stages,
+            num_warps=warps,
+        )  # fmt: skip
+
+    def conv_gradient(self, dpre: Tensor, da: Tensor) -> None:
+        """Add what comes to a through the convolution."""
+        shape, weights = self.shape, self.weights
+        most, warps, _ = CONV_TILE
+        channels = _channels(shape, most)
+        height, row_blocks, strips = _strips(shape)
         groups, images = self.conv
         last = self.taps - 1 if shape.reverse else 0
         if shape.two_dimensional:
@@ -231,12 +249,11 @@ class _Backward:
             sizes = (*_walk(shape), shape.inner, height, row_blocks, strips, images, last)
         else:
             kernel = kernels.conv1d_backward_kernel
-            sizes = (shape.inner, height, strips, images, 0 if shape.reverse else -3, last)
+            sizes = (shape.tokens, shape.inner, height, strips, images, 0 if shape.reverse else -3, last)
         kernel[(self._parts(channels), strips, groups)](
-            self.a, self.a.stride(0), dpre, dv, *dgates, weights['conv_w'], weights['wv'], maps, da, da.stride(0),
-            self.sums.parts[4], shape.batch, shape.tokens, *sizes, self.sums.sizes[4][1], QB=shape.block,
-            HEADS=shape.heads, PRECISION=dot_precision(self.dtype), BW=STRIP_COLUMNS, BC=channels, BG=maps.shape[2],
-            num_warps=warps,
+            self.a, self.a.stride(0), dpre, weights['conv_w'], da, da.stride(0), self.sums.parts[5], shape.batch,
+            *sizes, self.sums.sizes[5][1], BW=STRIP_COLUMNS, BC=channels, num_warps=warps,
+            maxnreg=CONV_REGISTERS,
         )  # fmt: skip
 
     def norm_gradient(self, x: Tensor, dnorm: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,14 +265,15 @@ class _Backward:
         norm_kernels.layer_norm_backward_kernel[(programs,)](
             x, weight, weight if bias is None else bias, dnorm, dout, dx, normalised, self.sums.parts[1], self.count,
             self.dims, NORM_EPS, steps, HAS_BIAS=bias is not None, BM=height, BD=width,
-            num_warps=SETTINGS['norm'][1],
+            STAGES=ROW_TILES['norm'][2],
+            num_warps=ROW_TILES['norm'][1],
         )  # fmt: skip
         return dx, normalised
 
     def parameter_gradients(self) -> dict[str, Tensor]:
         """All gradients that are sums over tokens, float32, flat."""
         shape, weights, inner, block = self.shape, self.weights, self.shape.inner, self.shape.block
-        branch, norm, output, mix, value = self.sums.totals()
+        branch, norm, output, mix, value, conv = self.sums.totals()
         channels = _channels(shape, 32)
         matrices, biases, wg = (
             mix.new_empty(3, inner * block),
@@ -268,7 +286,7 @@ class _Backward:
             BG=_gate_columns(shape), num_warps=4,
         )  # fmt: skip
         head_w, head_b, skip, dz_sum = output.view(4, inner)
-        conv_w, conv_b, da_sum = value[inner * (block + 1 + 2 * shape.heads) :].split([inner * self.taps, inner, inner])
+        conv_w, conv_b, da_sum = conv.split([inner * self.taps, inner, inner])
         return {
             'norm_w': norm[: self.dims], 'norm_b': norm[self.dims :], 'down_b': branch,
             'up_b': torch.cat([da_sum, dz_sum]), 'conv_w': conv_w, 'conv_b': conv_b,
@@ -315,6 +333,7 @@ def block_backward(
     dq, dk, dv = (_rows(t) for t in dqkv)
     maps = run.gate_maps()
     dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)
-    run.value_gradient(dpre, dv, (di, df), maps, da)
+    run.value_gradient(dv, (di, df), maps, da)
+    run.conv_gradient(dpre, da)
     dx, normalised = run.norm_gradient(x_rows, du @ weights['up_w'].to(run.dtype), dout)
     return dx.view_as(x), {'up_w': du.t() @ normalised, 'down_w': down_w, **run.parameter_gradients()}

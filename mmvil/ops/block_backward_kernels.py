@@ -1,26 +1,47 @@
-"""Device code of a ViL block's backward pass between mLSTM cell and up-projection; names as in `block_kernels`.
+"""Device code of a ViL block's backward pass between the mLSTM cell and the up-projection; names as in `block_kernels`.
 
 A token is a row n of N = B * S; `pre` (N, E) is the convolution's output with its bias, so that c = SiLU(pre). Sums
 over tokens are written per program, one row of partial sums each, and added up by `sum_kernel`:
 
-    mix row     dWq, dWk (E, QB)   their biases (E)   dgate' c (2 NH, E)   dgate (2 NH)
-    value row   dWv (E, QB)        its bias (E)       dgate' a (2 NH, E)   taps (E, TAPS), bias and a's own sum (E)
+    mix row           dWq, dWk (E, QB)   their biases (E)   dgate' c (2 NH, E)   dgate (2 NH)
+    value row         dWv (E, QB)        its bias (E)       dgate' a (2 NH, E)
+    convolution row   taps (E, TAPS)     its bias (E)       da (E)
 """
 
 import triton
 import triton.language as tl
 
-from .block_kernels import _block_matrix, _gate_matrix, _load_row, _load_shifted, _token, _weigh3
+from .block_kernels import _block_matrix, _gate_matrix, _load_four, _load_shifted, _weigh3
+from .triton_launch import interpreting
 
 __all__ = [
     'conv1d_backward_kernel',
     'conv2d_backward_kernel',
+    'fast_sigmoid',
     'finish_kernel',
     'gate_map_kernel',
     'mix_backward_kernel',
     'query_kernel',
     'sum_kernel',
+    'value_backward_kernel',
 ]
+
+
+ON_DEVICE = tl.constexpr(not interpreting())
+
+
+@triton.jit
+def fast_sigmoid(x):
+    """1 / (1 + exp(-x)), float32, without the care for denormal numbers that makes up most of `tl.sigmoid`'s cost."""
+    if ON_DEVICE:
+        # t = 2 ** (-log2(e) * x); 1 / (t + 1)
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t; }""",
+            '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.sigmoid(x)
 
 
 @triton.jit
@@ -41,10 +62,26 @@ def _diagonal_blocks(full, QB: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _gate_gradients(di_ptr, df_ptr, image, t, valid, S, HEADS: tl.constexpr, BG: tl.constexpr):
-    """Gradients of the input gates and, after them, the forget gates: (BM, BG) float32."""
+def _store_blocks(ptr, full, channel, E, QB: tl.constexpr):
+    """Write the diagonal blocks of a (BC, BC) matrix [in, out] as (BC, QB), [out, in]."""
+    wide = channel[:, None] * QB + tl.arange(0, QB)[None, :]
+    tl.store(ptr + wide, _diagonal_blocks(tl.trans(full), QB, full.shape[0]), mask=(channel < E)[:, None])
+
+
+@triton.jit
+def _load_rows(ptr, n, channel, N, E):
+    """Tile of a dense (N, E) tensor, zero outside."""
+    mask = (n < N)[:, None] & (channel < E)[None, :]
+    return tl.load(ptr + n.to(tl.int64)[:, None] * E + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constexpr):
+    """Gradients of the input gates and, after them, the forget gates at tokens n: (BM, BG) float32."""
+    image = n // S
     g = tl.arange(0, BG)[None, :]
-    place = (image * HEADS + g % HEADS) * S + t
+    place = (image.to(tl.int64)[:, None] * HEADS + g % HEADS) * S + (n - image * S)[:, None]
+    valid = (n < N)[:, None]
     dgate = tl.load(di_ptr + place, mask=valid & (g < HEADS), other=0.0)
     return dgate + tl.load(df_ptr + place, mask=valid & (g >= HEADS) & (g < 2 * HEADS), other=0.0)
 
@@ -92,7 +129,7 @@ def query_kernel(
         mask = (n < N)[:, None] & inside[None, :]
         place = n.to(tl.int64)[:, None] * E + channel[None, :]
         pre = tl.load(pre_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        c = (pre * tl.sigmoid(pre)).to(dtype)
+        c = (pre * fast_sigmoid(pre)).to(dtype)
         q = tl.dot(c, mq, input_precision=PRECISION) + bias[None, :]
         tl.store(q_ptr + place, q.to(dtype), mask=mask)
 
@@ -104,7 +141,7 @@ def mix_backward_kernel(
     QB: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dpre = (dc + Wq' dq + Wk' dk + Gc' dgate) * SiLU'(pre), the gates a linear map Gc of c; writes a mix row."""
+    """dpre = (dc + Wq' dq + Wk' dk + Gc' dgate) * SiLU'(pre), Gc the gates' linear map of c; writes a mix row."""
     part = tl.program_id(0)
     program = tl.program_id(1)
     channel = part * BC + tl.arange(0, BC)
@@ -114,48 +151,88 @@ def mix_backward_kernel(
     mq = _turned_matrix(wq_ptr, part * BC, E, QB, BC).to(dtype)
     mk = _turned_matrix(wk_ptr, part * BC, E, QB, BC).to(dtype)
     gc = tl.load(map_ptr + channel[None, :] * BG + g[:, None], mask=inside[None, :], other=0.0)
-    dwq = tl.zeros((BC, BC), tl.float32)
-    dwk = tl.zeros((BC, BC), tl.float32)
+    dwq = tl.zeros((BC, BC), tl.float32)  # [in, out], like dwk: then dq and dk are read without being turned,
+    dwk = tl.zeros((BC, BC), tl.float32)  # which is what lets the compiler load them ahead
     dbq = tl.zeros((BM, BC), tl.float32)
     dbk = tl.zeros((BM, BC), tl.float32)
-    gate_c = tl.zeros((BG, BC), tl.float32)
+    gate_c = tl.zeros((BC, BG), tl.float32)
     gate_sum = tl.zeros((BM, BG), tl.float32)
+    pre_next = _load_rows(pre_ptr, program * steps * BM + tl.arange(0, BM), channel, N, E)
     for step in tl.range(0, steps, num_stages=STAGES):
         n = (program * steps + step) * BM + tl.arange(0, BM)
         mask = (n < N)[:, None] & inside[None, :]
         place = n.to(tl.int64)[:, None] * E + channel[None, :]
-        pre = tl.load(pre_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        pre = pre_next.to(tl.float32)
+        pre_next = _load_rows(pre_ptr, n + BM, channel, N, E)  # the compiler loads the others ahead, but not this
         dq = tl.load(dq_ptr + place, mask=mask, other=0.0)
         dk = tl.load(dk_ptr + place, mask=mask, other=0.0)
         dc = tl.load(dc_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        image = n // S
-        t = n - image * S
-        dgate = _gate_gradients(di_ptr, df_ptr, image[:, None], t[:, None], (n < N)[:, None], S, HEADS, BG)
-        sigma = tl.sigmoid(pre)
-        c = (pre * sigma).to(dtype)
+        dgate = _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS, BG)
+        sigma = fast_sigmoid(pre)
+        c = pre * sigma
+        turned = tl.trans(c.to(dtype))
         gate_sum += dgate
         dgate = dgate.to(dtype)
         dbq += dq.to(tl.float32)
         dbk += dk.to(tl.float32)
-        gate_c = tl.dot(tl.trans(dgate), c, gate_c, input_precision=PRECISION)
-        dwq = tl.dot(tl.trans(dq), c, dwq, input_precision=PRECISION)
-        dwk = tl.dot(tl.trans(dk), c, dwk, input_precision=PRECISION)
+        gate_c = tl.dot(turned, dgate, gate_c, input_precision=PRECISION)
+        dwq = tl.dot(turned, dq, dwq, input_precision=PRECISION)
+        dwk = tl.dot(turned, dk, dwk, input_precision=PRECISION)
         dc = tl.dot(dq, mq, dc, input_precision=PRECISION)
         dc = tl.dot(dk, mk, dc, input_precision=PRECISION)
         dc = tl.dot(dgate, gc, dc, input_precision=PRECISION)
-        dpre = dc * (sigma + pre * sigma * (1.0 - sigma))
-        tl.store(dpre_ptr + place, dpre.to(dtype), mask=mask)
+        tl.store(dpre_ptr + place, (dc * (sigma + c * (1.0 - sigma))).to(dtype), mask=mask)
     sums_ptr += program.to(tl.int64) * pitch
-    wide = channel[:, None] * QB + tl.arange(0, QB)[None, :]
-    tl.store(sums_ptr + wide, _diagonal_blocks(dwq, QB, BC), mask=inside[:, None])
-    tl.store(sums_ptr + E * QB + wide, _diagonal_blocks(dwk, QB, BC), mask=inside[:, None])
+    _store_blocks(sums_ptr, dwq, channel, E, QB)
+    _store_blocks(sums_ptr + E * QB, dwk, channel, E, QB)
     sums_ptr += 2 * E * QB
     tl.store(sums_ptr + channel, tl.sum(dbq, 0), mask=inside)
     tl.store(sums_ptr + E + channel, tl.sum(dbk, 0), mask=inside)
     sums_ptr += 2 * E
-    tl.store(sums_ptr + g[:, None] * E + channel[None, :], gate_c, mask=(g < 2 * HEADS)[:, None] & inside[None, :])
+    gates = inside[:, None] & (g < 2 * HEADS)[None, :]
+    tl.store(sums_ptr + g[None, :] * E + channel[:, None], gate_c, mask=gates)
     if part == 0:
         tl.store(sums_ptr + 2 * HEADS * E + g, tl.sum(gate_sum, 0), mask=g < 2 * HEADS)
+
+
+@triton.jit(do_not_specialize=['N', 'S', 'steps', 'pitch'])
+def value_backward_kernel(
+    a_ptr, a_row, dv_ptr, di_ptr, df_ptr, wv_ptr, map_ptr, da_ptr, da_row, sums_ptr, N, S, E, steps, pitch,
+    QB: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """da = Wv' dv + Ga' dgate, with the gates as linear map Ga of a; writes a value row."""
+    part = tl.program_id(0)
+    program = tl.program_id(1)
+    channel = part * BC + tl.arange(0, BC)
+    inside = channel < E
+    g = tl.arange(0, BG)
+    dtype = a_ptr.dtype.element_ty
+    mv = _turned_matrix(wv_ptr, part * BC, E, QB, BC).to(dtype)
+    ga = tl.load(map_ptr + (E + channel[None, :]) * BG + g[:, None], mask=inside[None, :], other=0.0)
+    dwv = tl.zeros((BC, BC), tl.float32)  # [in, out]
+    dbv = tl.zeros((BM, BC), tl.float32)
+    gate_a = tl.zeros((BC, BG), tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        n = (program * steps + step) * BM + tl.arange(0, BM)
+        mask = (n < N)[:, None] & inside[None, :]
+        row = n.to(tl.int64)[:, None]
+        a = tl.load(a_ptr + row * a_row + channel[None, :], mask=mask, other=0.0)
+        dv = tl.load(dv_ptr + row * E + channel[None, :], mask=mask, other=0.0)
+        dgate = _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS, BG).to(dtype)
+        turned = tl.trans(a)
+        dbv += dv.to(tl.float32)
+        gate_a = tl.dot(turned, dgate, gate_a, input_precision=PRECISION)
+        dwv = tl.dot(turned, dv, dwv, input_precision=PRECISION)
+        da = tl.dot(dv, mv, input_precision=PRECISION)
+        da = tl.dot(dgate, ga, da, input_precision=PRECISION)
+        tl.store(da_ptr + row * da_row + channel[None, :], da.to(dtype), mask=mask)
+    sums_ptr += program.to(tl.int64) * pitch
+    _store_blocks(sums_ptr, dwv, channel, E, QB)
+    sums_ptr += E * QB
+    tl.store(sums_ptr + channel, tl.sum(dbv, 0), mask=inside)
+    gates = inside[:, None] & (g < 2 * HEADS)[None, :]
+    tl.store(sums_ptr + (1 + g)[None, :] * E + channel[:, None], gate_a, mask=gates)
 
 
 @triton.jit
@@ -166,85 +243,66 @@ def _tap(w_ptr, channel, E, last, TAPS: tl.constexpr, i: tl.constexpr):
 
 
 @triton.jit
+def _three_taps(w_ptr, channel, E, last, first: tl.constexpr):
+    """Three taps of one kernel row."""
+    return (
+        _tap(w_ptr, channel, E, last, 9, first),
+        _tap(w_ptr, channel, E, last, 9, first + 1),
+        _tap(w_ptr, channel, E, last, 9, first + 2),
+    )
+
+
+@triton.jit
 def _store_tap(sums_ptr, tile, channel, E, last, TAPS: tl.constexpr, i: tl.constexpr):
     """Sum of a tile over its tokens, written where `_tap` reads."""
     tl.store(sums_ptr + channel * TAPS + tl.where(last > 0, last - i, i), tl.sum(tile, 0), mask=channel < E)
 
 
 @triton.jit
-def _value_step(
-    da, dasum, dwv, dbv, gate_a, mv, ga, a_ptr, a_row, dv_ptr, di_ptr, df_ptr, da_ptr, da_row, batch, t, valid, channel,
-    S, E, HEADS: tl.constexpr, PRECISION: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """Add what comes through v and the gates to da, store it, and add to the sums; a in float32 comes back too."""
-    mask = valid[:, None] & (channel < E)[None, :]
+def _load_da(a_ptr, a_row, da_ptr, da_row, batch, t, mask, channel, S):
+    """Tiles of a and of what is in da, in their own type."""
     n = (batch * S + t)[:, None]
     a = tl.load(a_ptr + n * a_row + channel[None, :], mask=mask, other=0.0)
-    dv = tl.load(dv_ptr + n * E + channel[None, :], mask=mask, other=0.0)
-    dgate = _gate_gradients(di_ptr, df_ptr, batch, t[:, None], valid[:, None], S, HEADS, BG).to(a.dtype)
-    through = tl.dot(dv, mv, input_precision=PRECISION)
-    through = tl.dot(dgate, ga, through, input_precision=PRECISION)
-    da = tl.where(mask, da + through, 0.0)
-    tl.store(da_ptr + n * da_row + channel[None, :], da.to(a.dtype), mask=mask)
-    dwv = tl.dot(tl.trans(dv), a, dwv, input_precision=PRECISION)
-    gate_a = tl.dot(tl.trans(dgate), a, gate_a, input_precision=PRECISION)
-    return a.to(tl.float32), dasum + da, dwv, dbv + dv.to(tl.float32), gate_a
+    return a, tl.load(da_ptr + n * da_row + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_value_row(sums_ptr, dwv, dbv, gate_a, channel, E, QB: tl.constexpr, HEADS: tl.constexpr):
-    """First half of a value row."""
-    inside = channel < E
-    g = tl.arange(0, gate_a.shape[0])
-    wide = channel[:, None] * QB + tl.arange(0, QB)[None, :]
-    tl.store(sums_ptr + wide, _diagonal_blocks(dwv, QB, dwv.shape[0]), mask=inside[:, None])
-    sums_ptr += E * QB
-    tl.store(sums_ptr + channel, tl.sum(dbv, 0), mask=inside)
-    sums_ptr += E
-    tl.store(sums_ptr + g[:, None] * E + channel[None, :], gate_a, mask=(g < 2 * HEADS)[:, None] & inside[None, :])
+def _load_row_at(left, middle, right, offset, live, left_mask, mask, right_mask):
+    """Tiles of a grid row, `offset` behind the pointers, at the columns before, at and behind; zero if not `live`."""
+    return (
+        tl.load(left + offset, mask=left_mask & live, other=0.0),
+        tl.load(middle + offset, mask=mask & live, other=0.0),
+        tl.load(right + offset, mask=right_mask & live, other=0.0),
+    )
 
 
-@triton.jit
-def _row_float(ptr, stride, row, col, channel, GW, S, GH, E):
-    """Tiles of a grid row at columns col - 1, col and col + 1, float32."""
-    left, middle, right = _load_row(ptr, stride, row, col, channel, GW, S, GH, E)
-    return left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
-
-
-@triton.jit(do_not_specialize=['B', 'S', 'GH', 'GW', 'ROWS', 'row_blocks', 'strips', 'batches', 'last', 'pitch'])
+@triton.jit(do_not_specialize=['B', 'GH', 'GW', 'ROWS', 'row_blocks', 'strips', 'batches', 'last', 'pitch'])
 def conv2d_backward_kernel(
-    a_ptr, a_row, dpre_ptr, dv_ptr, di_ptr, df_ptr, conv_ptr, wv_ptr, map_ptr, da_ptr, da_row, sums_ptr,
-    B, S, GH, GW, E, ROWS, row_blocks, strips, batches, last, pitch,
-    QB: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
-    BW: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    a_ptr, a_row, dpre_ptr, conv_ptr, da_ptr, da_row, sums_ptr,
+    B, GH, GW, E, ROWS, row_blocks, strips, batches, last, pitch, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """da = transposed 3 x 3 convolution of dpre + Wv' dv + Ga' dgate; writes a value row."""
+    """da += transposed 3 x 3 convolution of dpre; writes a convolution row. Loads run one grid row ahead of their use.
+
+    Images are taken from the last to the first: the last ones written by the kernels before may still be in the cache.
+    """
     part = tl.program_id(0)
     strip = tl.program_id(1)
-    group = tl.program_id(2)
+    group = tl.num_programs(2) - 1 - tl.program_id(2)
     channel = part * BC + tl.arange(0, BC)
     inside = channel < E
     col = (strip // row_blocks) * BW + tl.arange(0, BW)
     first_row = (strip % row_blocks) * ROWS
-    dtype = a_ptr.dtype.element_ty
-    mv = _turned_matrix(wv_ptr, part * BC, E, QB, BC).to(dtype)
-    g = tl.arange(0, BG)
-    ga = tl.load(map_ptr + E * BG + channel[None, :] * BG + g[:, None], mask=inside[None, :], other=0.0)
-    w0, w1, w2 = (
-        _tap(conv_ptr, channel, E, last, 9, 0),
-        _tap(conv_ptr, channel, E, last, 9, 1),
-        _tap(conv_ptr, channel, E, last, 9, 2),
-    )
-    w3, w4, w5 = (
-        _tap(conv_ptr, channel, E, last, 9, 3),
-        _tap(conv_ptr, channel, E, last, 9, 4),
-        _tap(conv_ptr, channel, E, last, 9, 5),
-    )
-    w6, w7, w8 = (
-        _tap(conv_ptr, channel, E, last, 9, 6),
-        _tap(conv_ptr, channel, E, last, 9, 7),
-        _tap(conv_ptr, channel, E, last, 9, 8),
-    )
+    dtype = da_ptr.dtype.element_ty
+    # A row of the grid is one scalar offset from these: addresses and column masks are worked out once.
+    mask = (col < GW)[:, None] & inside[None, :]
+    left_mask = ((col >= 1) & (col <= GW))[:, None] & inside[None, :]
+    right_mask = (col + 1 < GW)[:, None] & inside[None, :]
+    middle = dpre_ptr + col[:, None] * E + channel[None, :]
+    a_ptrs = a_ptr + col[:, None] * a_row + channel[None, :]
+    da_ptrs = da_ptr + col[:, None] * da_row + channel[None, :]
+    w0, w1, w2 = _three_taps(conv_ptr, channel, E, last, 0)
+    w3, w4, w5 = _three_taps(conv_ptr, channel, E, last, 3)
+    w6, w7, w8 = _three_taps(conv_ptr, channel, E, last, 6)
     s0 = tl.zeros((BW, BC), tl.float32)
     s1 = tl.zeros((BW, BC), tl.float32)
     s2 = tl.zeros((BW, BC), tl.float32)
@@ -256,41 +314,50 @@ def conv2d_backward_kernel(
     s8 = tl.zeros((BW, BC), tl.float32)
     dbias = tl.zeros((BW, BC), tl.float32)
     dasum = tl.zeros((BW, BC), tl.float32)
-    dbv = tl.zeros((BW, BC), tl.float32)
-    dwv = tl.zeros((BC, BC), tl.float32)
-    gate_a = tl.zeros((BG, BC), tl.float32)
     for item in range(batches):
         batch = tl.minimum(group * batches + item, B - 1).to(tl.int64)
         live = group * batches + item < B
-        base = dpre_ptr + batch * S * E
-        u0, u1, u2 = _row_float(base, E, first_row - 1, col, channel, GW, S, GH, E)
-        m0, m1, m2 = _row_float(base, E, first_row, col, channel, GW, S, GH, E)
+        token = (batch * GH + first_row) * GW  # first token of the row
+        u0, u1, u2 = _load_row_at(
+            middle - E, middle, middle + E, (token - GW) * E, (first_row >= 1) & live, left_mask, mask, right_mask
+        )
+        m0, m1, m2 = _load_row_at(middle - E, middle, middle + E, token * E, live, left_mask, mask, right_mask)
+        d0, d1, d2 = _load_row_at(
+            middle - E, middle, middle + E, (token + GW) * E, (first_row + 1 < GH) & live, left_mask, mask, right_mask
+        )
+        a = tl.load(a_ptrs + token * a_row, mask=mask & live, other=0.0)
+        da = tl.load(da_ptrs + token * da_row, mask=mask & live, other=0.0)
         for step in range(ROWS):
             row = first_row + step
-            t, valid = _token(row, col, GW, S, GH)
-            valid = valid & live
-            d0, d1, d2 = _row_float(base, E, row + 1, col, channel, GW, S, GH, E)
+            below = (row + 1 < GH) & (step + 1 < ROWS) & live
+            n0, n1, n2 = _load_row_at(
+                middle - E, middle, middle + E, (token + 2 * GW) * E, (row + 2 < GH) & live, left_mask, mask, right_mask
+            )
+            a_next = tl.load(a_ptrs + (token + GW) * a_row, mask=mask & below, other=0.0)
+            da_next = tl.load(da_ptrs + (token + GW) * da_row, mask=mask & below, other=0.0)
             # Token t was read by its neighbours: by the one below through the upper tap, and so on.
-            da = _weigh3(u0, u1, u2, w8, w7, w6) + _weigh3(m0, m1, m2, w5, w4, w3) + _weigh3(d0, d1, d2, w2, w1, w0)
-            a, dasum, dwv, dbv, gate_a = _value_step(
-                da, dasum, dwv, dbv, gate_a, mv, ga, a_ptr, a_row, dv_ptr, di_ptr, df_ptr, da_ptr, da_row, batch, t,
-                valid, channel, S, E, HEADS, PRECISION, BG,
-            )  # fmt: skip
-            s8 += u0 * a
-            s7 += u1 * a
-            s6 += u2 * a
-            s5 += m0 * a
-            s4 += m1 * a
-            s3 += m2 * a
-            s2 += d0 * a
-            s1 += d1 * a
-            s0 += d2 * a
-            dbias += tl.where(valid[:, None], m1, 0.0)
+            da = da.to(tl.float32)
+            da += _weigh3(u0, u1, u2, w8, w7, w6) + _weigh3(m0, m1, m2, w5, w4, w3) + _weigh3(d0, d1, d2, w2, w1, w0)
+            own = mask & live & (row < GH)
+            tl.store(da_ptrs + token * da_row, da.to(dtype), mask=own)
+            dasum += tl.where(own, da, 0.0)
+            a = a.to(tl.float32)
+            s8 += u0.to(tl.float32) * a
+            s7 += u1.to(tl.float32) * a
+            s6 += u2.to(tl.float32) * a
+            s5 += m0.to(tl.float32) * a
+            s4 += m1.to(tl.float32) * a
+            s3 += m2.to(tl.float32) * a
+            s2 += d0.to(tl.float32) * a
+            s1 += d1.to(tl.float32) * a
+            s0 += d2.to(tl.float32) * a
+            dbias += m1.to(tl.float32)
             u0, u1, u2 = m0, m1, m2
             m0, m1, m2 = d0, d1, d2
+            d0, d1, d2 = n0, n1, n2
+            a, da = a_next, da_next
+            token += GW
     sums_ptr += (group * strips + strip).to(tl.int64) * pitch
-    _store_value_row(sums_ptr, dwv, dbv, gate_a, channel, E, QB, HEADS)
-    sums_ptr += E * (QB + 1 + 2 * HEADS)
     _store_tap(sums_ptr, s0, channel, E, last, 9, 0)
     _store_tap(sums_ptr, s1, channel, E, last, 9, 1)
     _store_tap(sums_ptr, s2, channel, E, last, 9, 2)
@@ -306,24 +373,15 @@ def conv2d_backward_kernel(
 
 @triton.jit(do_not_specialize=['B', 'S', 'ROWS', 'strips', 'batches', 'first', 'last', 'pitch'])
 def conv1d_backward_kernel(
-    a_ptr, a_row, dpre_ptr, dv_ptr, di_ptr, df_ptr, conv_ptr, wv_ptr, map_ptr, da_ptr, da_row, sums_ptr,
-    B, S, E, ROWS, strips, batches, first, last, pitch,
-    QB: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
-    BW: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    a_ptr, a_row, dpre_ptr, conv_ptr, da_ptr, da_row, sums_ptr,
+    B, S, E, ROWS, strips, batches, first, last, pitch, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """da = transposed causal convolution of dpre + Wv' dv + Ga' dgate; writes a value row.
-
-    A strip is ROWS x BW tokens.
-    """
+    """da += transposed causal convolution of dpre; writes a convolution row. A strip is ROWS x BW tokens."""
     part = tl.program_id(0)
     strip = tl.program_id(1)
     group = tl.program_id(2)
     channel = part * BC + tl.arange(0, BC)
     inside = channel < E
-    dtype = a_ptr.dtype.element_ty
-    mv = _turned_matrix(wv_ptr, part * BC, E, QB, BC).to(dtype)
-    g = tl.arange(0, BG)
-    ga = tl.load(map_ptr + E * BG + channel[None, :] * BG + g[:, None], mask=inside[None, :], other=0.0)
     w0, w1 = _tap(conv_ptr, channel, E, last, 4, 0), _tap(conv_ptr, channel, E, last, 4, 1)
     w2, w3 = _tap(conv_ptr, channel, E, last, 4, 2), _tap(conv_ptr, channel, E, last, 4, 3)
     s0 = tl.zeros((BW, BC), tl.float32)
@@ -332,34 +390,28 @@ def conv1d_backward_kernel(
     s3 = tl.zeros((BW, BC), tl.float32)
     dbias = tl.zeros((BW, BC), tl.float32)
     dasum = tl.zeros((BW, BC), tl.float32)
-    dbv = tl.zeros((BW, BC), tl.float32)
-    dwv = tl.zeros((BC, BC), tl.float32)
-    gate_a = tl.zeros((BG, BC), tl.float32)
     for item in range(batches):
         batch = tl.minimum(group * batches + item, B - 1).to(tl.int64)
         live = group * batches + item < B
         base = dpre_ptr + batch * S * E
         for step in range(ROWS):
             t = (strip * ROWS + step) * BW + tl.arange(0, BW)
-            valid = (t < S) & live
+            mask = ((t < S) & live)[:, None] & inside[None, :]
+            a, da = _load_da(a_ptr, a_row, da_ptr, da_row, batch, t, mask, channel, S)
             # Token t was read through tap i by the token at t - first - i.
-            d0 = _load_shifted(base, E, t - first, channel, S, E).to(tl.float32)
-            d1 = _load_shifted(base, E, t - first - 1, channel, S, E).to(tl.float32)
-            d2 = _load_shifted(base, E, t - first - 2, channel, S, E).to(tl.float32)
-            d3 = _load_shifted(base, E, t - first - 3, channel, S, E).to(tl.float32)
-            a, dasum, dwv, dbv, gate_a = _value_step(
-                d0 * w0 + d1 * w1 + d2 * w2 + d3 * w3, dasum, dwv, dbv, gate_a, mv, ga, a_ptr, a_row, dv_ptr, di_ptr,
-                df_ptr, da_ptr, da_row, batch, t, valid, channel, S, E, HEADS, PRECISION, BG,
-            )  # fmt: skip
+            d3, d2, d1, d0 = _load_four(base, E, t, -first - 3, channel, S, E)
+            own = _load_shifted(base, E, t, channel, S, E).to(tl.float32)
+            da = tl.where(mask, da.to(tl.float32) + d0 * w0 + d1 * w1 + d2 * w2 + d3 * w3, 0.0)
+            place = (batch * S + t)[:, None] * da_row + channel[None, :]
+            tl.store(da_ptr + place, da.to(da_ptr.dtype.element_ty), mask=mask)
+            dasum += da
+            a = a.to(tl.float32)
             s0 += d0 * a
             s1 += d1 * a
             s2 += d2 * a
             s3 += d3 * a
-            own = _load_shifted(base, E, t, channel, S, E).to(tl.float32)
-            dbias += tl.where(valid[:, None], own, 0.0)
+            dbias += tl.where(mask, own, 0.0)
     sums_ptr += (group * strips + strip).to(tl.int64) * pitch
-    _store_value_row(sums_ptr, dwv, dbv, gate_a, channel, E, QB, HEADS)
-    sums_ptr += E * (QB + 1 + 2 * HEADS)
     _store_tap(sums_ptr, s0, channel, E, last, 4, 0)
     _store_tap(sums_ptr, s1, channel, E, last, 4, 1)
     _store_tap(sums_ptr, s2, channel, E, last, 4, 2)
@@ -368,27 +420,29 @@ def conv1d_backward_kernel(
     tl.store(sums_ptr + 5 * E + channel, tl.sum(dasum, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=['rows0', 'rows1', 'rows2', 'rows3', 'rows4'])
+@triton.jit(do_not_specialize=['rows0', 'rows1', 'rows2', 'rows3', 'rows4', 'rows5'])
 def sum_kernel(
-    part_ptr, total_ptr, rows0, rows1, rows2, rows3, rows4, width0, width1, width2, width3, width4,
+    part_ptr, total_ptr, rows0, rows1, rows2, rows3, rows4, rows5, width0, width1, width2, width3, width4, width5,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of five float32 matrices (rows, width) that lie behind each other, likewise laid out."""
+    """Column sums of six float32 matrices (rows, width) that lie behind each other, likewise laid out."""
     block = tl.program_id(0)
     rows, width = rows0, width0
     base = tl.zeros((), tl.int64)
     target = tl.zeros((), tl.int32)
-    for i in tl.static_range(4):
-        after = tl.cdiv(width, BC)
-        rows_next = rows1 if i == 0 else (rows2 if i == 1 else (rows3 if i == 2 else rows4))
-        width_next = width1 if i == 0 else (width2 if i == 1 else (width3 if i == 2 else width4))
-        # Widths before the one that holds this block are stepped over; `block` then counts within the next matrix.
-        over = block >= after
+    for i in tl.static_range(1, 6):
+        rows_next = rows1 if i == 1 else (rows2 if i == 2 else (rows3 if i == 3 else (rows4 if i == 4 else rows5)))
+        width_next = (
+            width1 if i == 1 else (width2 if i == 2 else (width3 if i == 3 else (width4 if i == 4 else width5)))
+        )
+        # Matrices before the one that holds this block are stepped over; `block` then counts within the next one.
+        blocks = tl.cdiv(width, BC)
+        over = block >= blocks
         base = tl.where(over, base + rows.to(tl.int64) * width, base)
         target = tl.where(over, target + width, target)
+        block = tl.where(over, block - blocks, block)
         rows = tl.where(over, rows_next, rows)
         width = tl.where(over, width_next, width)
-        block = tl.where(over, block - after, block)
     col = block * BC + tl.arange(0, BC)
     total = tl.zeros((BM, BC), tl.float32)
     for first in range(0, rows, BM):

@@ -7,19 +7,21 @@ of partial sums each, and added up by `sum_kernel` of `block_backward_kernels.py
 import triton
 import triton.language as tl
 
+from .block_backward_kernels import fast_sigmoid
+
 __all__ = ['branch_kernel', 'layer_norm_backward_kernel', 'output_backward_kernel']
 
 
 @triton.jit(do_not_specialize=['N', 'S', 'steps'])
 def branch_kernel(
     dout_ptr, scale_ptr, branch_ptr, sums_ptr, N, S, D, steps,
-    SCALED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the branch, dout times the image's drop path factor, in the branch's type; its sum over tokens."""
     program = tl.program_id(0)
     col = tl.arange(0, BD)
     total = tl.zeros((BM, BD), tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         n = (program * steps + step) * BM + tl.arange(0, BM)
         mask = (n < N)[:, None] & (col < D)[None, :]
         place = n.to(tl.int64)[:, None] * D + col[None, :]
@@ -34,7 +36,7 @@ def branch_kernel(
 @triton.jit(do_not_specialize=['N', 'steps'])
 def layer_norm_backward_kernel(
     x_ptr, w_ptr, b_ptr, dn_ptr, dout_ptr, dx_ptr, norm_ptr, sums_ptr, N, D, eps, steps,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = dout + norm'(dn), and the norm's output again; sums over the rows: dn * normalised, dn."""
     program = tl.program_id(0)
@@ -45,7 +47,7 @@ def layer_norm_backward_kernel(
         bias += tl.load(b_ptr + col, mask=col < D, other=0.0).to(tl.float32)
     dw = tl.zeros((BD,), tl.float32)
     db = tl.zeros((BD,), tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         n = (program * steps + step) * BM + tl.arange(0, BM)
         mask = (n < N)[:, None] & (col < D)[None, :]
         place = n.to(tl.int64)[:, None] * D + col[None, :]
@@ -70,7 +72,8 @@ def layer_norm_backward_kernel(
 @triton.jit(do_not_specialize=['N', 'steps'])
 def output_backward_kernel(
     h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, dy_ptr, y_ptr, dz_ptr, dz_row, dh_ptr, dc_ptr, sums_ptr,
-    N, E, eps, steps, HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    N, E, eps, steps,
+    HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y again; dz, dh, dc through the gated output of one head; sums over tokens for w, b, skip and the bias of z."""
     program = tl.program_id(0)
@@ -86,7 +89,7 @@ def output_backward_kernel(
     db = tl.zeros((BM, BD), tl.float32)
     dskip = tl.zeros((BM, BD), tl.float32)
     dzsum = tl.zeros((BM, BD), tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         n = (program * steps + step) * BM + tl.arange(0, BM)
         mask = (n < N)[:, None] & (d < DH)[None, :]
         n = n.to(tl.int64)[:, None]
@@ -95,13 +98,13 @@ def output_backward_kernel(
         pre = tl.load(pre_ptr + place, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + n * z_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        c = pre * tl.sigmoid(pre)
+        c = pre * fast_sigmoid(pre)
         mean = tl.sum(h, 1) / DH
         centred = tl.where(mask, h - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DH + eps)
         normalised = centred * rstd[:, None]
         inner = normalised * w[None, :] + skip[None, :] * c + bias[None, :]
-        sigma = tl.sigmoid(z)
+        sigma = fast_sigmoid(z)
         gate = z * sigma
         tl.store(y_ptr + place, (inner * gate).to(y_ptr.dtype.element_ty), mask=mask)
         dz = dy * inner * (sigma + gate * (1.0 - sigma))

@@ -59,6 +59,16 @@ def _load_row(ptr, stride, row, col, channel, GW, S, GH, E):
 
 
 @triton.jit
+def _load_four(ptr, stride, t, first, channel, S, E):
+    """Tiles at the four successive places that a causal convolution sees, float32."""
+    t0 = _load_shifted(ptr, stride, t + first, channel, S, E).to(tl.float32)
+    t1 = _load_shifted(ptr, stride, t + first + 1, channel, S, E).to(tl.float32)
+    t2 = _load_shifted(ptr, stride, t + first + 2, channel, S, E).to(tl.float32)
+    t3 = _load_shifted(ptr, stride, t + first + 3, channel, S, E).to(tl.float32)
+    return t0, t1, t2, t3
+
+
+@triton.jit
 def _weigh3(x0, x1, x2, w0, w1, w2):
     """One row of a 3 x 3 convolution, float32."""
     return x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmvil.models import ViLBlock, VisionLSTM
 from mmvil.models.fused import give_up_fused, run_fused, why_not_fused
+from mmvil.ops.flops import count_as
 from mmvil.ops.triton_launch import interpreting
 
 on_kernels = pytest.mark.skipif(
@@ -193,6 +195,30 @@ def test_results_do_not_change_from_run_to_run() -> None:
         out.square().sum().backward()
         runs.append([out.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in block.parameters())])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@on_kernels
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+def test_flops_are_those_of_the_plain_modules(options: dict) -> None:
+    block = ViLBlock(32, mlstm_backend='triton', **options).to(DEVICE)
+    counts = []
+    for run in (lambda x: run_fused(block, x, (3, 4)), lambda x: x + block.layer(block.norm(x), (3, 4))):
+        x = torch.randn(2, 12, 32, device=DEVICE, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            out = run(x)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        counts.append([counter.get_flop_counts()['Global'] for counter in (forward, backward)])
+    (fused_forward, fused_backward), (forward, backward) = counts
+    assert sum(fused_forward.values()) == sum(forward.values())
+    backward[torch.ops.aten.convolution_backward] = 2 * forward[torch.ops.aten.convolution]  # torch's takes it as dense
+    assert sum(fused_backward.values()) == sum(backward.values())
+
+
+def test_plain_modules_are_what_is_counted() -> None:
+    block = ViLBlock(16)
+    with count_as('quadratic'):
+        assert 'counted' in why_not_fused(block, torch.zeros(1, 4, 16))
 
 
 @on_kernels
