@@ -256,10 +256,16 @@ class _EagerBlock(torch.autograd.Function):
         named = dict(zip(ctx.kept, rest, strict=False))
         dx, gradients = _backward(dout, x, named, scale, rest[len(named) :], *ctx.sizes)
         found = [
-            gradients[name].reshape(named[name].shape).to(named[name].dtype) if wanted else None
+            _like(gradients[name], named[name]) if wanted else None
             for name, wanted in zip(ctx.names, ctx.needs_input_grad[5:], strict=True)
         ]
         return (dx, None, None, None, None, *found)
+
+
+def _like(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient in its weight's shape and dtype; comparing is cheaper than calls that do nothing."""
+    shaped = gradient if gradient.shape == weight.shape else gradient.reshape(weight.shape)
+    return shaped if shaped.dtype == weight.dtype else shaped.to(weight.dtype)
 
 
 def fused_block(

@@ -75,7 +75,8 @@ def test_the_task_is_learned_and_the_same_seed_gives_the_same_curve() -> None:
 
 
 @pytest.mark.gpu
-def test_curves_lie_on_each_other() -> None:
+def test_curves_lie_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)  # or the plain convolutions round coarsely
     fused, plain = classifiers()
     exact, accuracy = train(plain, 100, None)
     assert statistics.mean(exact[-20:]) < 0.5
@@ -93,6 +94,6 @@ def test_no_drift_over_a_thousand_steps_in_bfloat16() -> None:
     for losses, accuracy in zip(curves, accuracies, strict=True):
         assert all(0 <= loss < 3 for loss in losses)  # a loss that is not a number is in no range
         assert accuracy > 0.9
-    for start in range(200, 1000, 200):  # smoothed: single steps of two long runs need not agree
+    for start in range(200, 1000, 200):  # smoothed: single steps of long runs need not agree
         fused, plain = (statistics.mean(losses[start : start + 200]) for losses in curves)
-        assert abs(fused - plain) < 0.02 + 0.2 * plain, (start, fused, plain)
+        assert abs(fused - plain) < 0.01 + 0.3 * plain, (start, fused, plain)
