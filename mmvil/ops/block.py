@@ -50,6 +50,16 @@ SETTINGS = {
 NORM_EPS = 1e-5
 
 
+def blocks_of(count: int, size: int) -> int:
+    """Blocks of a size that hold `count` things. Triton's own function costs two microseconds a call."""
+    return -(-count // size)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number, which is at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """What a block's kernels are specialised or launched for.
@@ -80,7 +90,7 @@ class BlockShape:
     @property
     def walk(self) -> tuple[int, int]:
         """Rows and columns that strips are cut from."""
-        return self.grid if self.two_dimensional else (triton.cdiv(self.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
+        return self.grid if self.two_dimensional else (blocks_of(self.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
 
     @property
     def first_tap(self) -> int:
@@ -92,9 +102,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     """Normalise the rows of x (rows, D); the stored weight is the difference from one."""
     rows, dims = x.shape
     out = torch.empty_like(x, dtype=dtype)
-    width = triton.next_power_of_2(dims)
+    width = power_of_two(dims)
     height = max(1, SETTINGS['norm'][0] // width)
-    norm_kernels.layer_norm_kernel[(triton.cdiv(rows, height),)](
+    norm_kernels.layer_norm_kernel[(blocks_of(rows, height),)](
         x, weight, weight if bias is None else bias, out, rows, dims, NORM_EPS, HAS_BIAS=bias is not None,
         BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
@@ -129,12 +139,12 @@ def _strips(shape: BlockShape, columns: int = STRIP_COLUMNS) -> tuple[int, int, 
 
 def _channels(shape: BlockShape, most: int) -> int:
     """Channels of a tile: a power of two that holds whole blocks."""
-    return max(32, min(most, triton.next_power_of_2(shape.inner)))
+    return max(32, min(most, power_of_two(shape.inner)))
 
 
 def _gate_width(shape: BlockShape) -> int:
     """Columns of a tile of gates."""
-    return max(16, triton.next_power_of_2(2 * shape.heads))
+    return max(16, power_of_two(2 * shape.heads))
 
 
 def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
@@ -163,7 +173,7 @@ def _prepare(
     shape: BlockShape, weights: dict[str, Tensor | None], channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, MixWeights]:
     """Weights in tiles of `channels` channels for the backward pass, and what `_mix` reads; see `prepare_kernel`."""
-    parts = triton.cdiv(shape.inner, channels)
+    parts = blocks_of(shape.inner, channels)
     square = weights['wq'].new_empty(parts, 3, channels, channels, dtype=dtype)
     tall = square.new_empty(parts, 2, channels, _gate_width(shape))
     mix, _ = _launch_prepare(shape, weights, channels, dtype, (square, tall), ())
@@ -182,7 +192,7 @@ def _launch_prepare(
     tiles: tuple[Tensor, Tensor] | None, wanted: tuple[str, ...],
 ) -> tuple[MixWeights, dict[str, Tensor | None]]:  # fmt: skip
     """Run `prepare_kernel`; `tiles` are square and tall, `wanted` the weights that are also needed in dtype."""
-    parts, gates = triton.cdiv(shape.inner, channels), _gate_width(shape)
+    parts, gates = blocks_of(shape.inner, channels), _gate_width(shape)
     groups, taps = parts * channels // MIX_CHANNELS, weights['conv_w'][0].numel()
     found = {name: weights[name] for name in wanted}
     lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
@@ -194,7 +204,7 @@ def _launch_prepare(
         [groups * 3 * MIX_CHANNELS**2, groups * 2 * MIX_CHANNELS * gates, *sizes.values()]
     )
     square, tall = (matrices, gate_matrices) if tiles is None else tiles
-    programs = parts + triton.cdiv(max(sizes.values()), COPY_BLOCK)
+    programs = parts + blocks_of(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(programs,)](
         weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], weights['conv_w'], square, tall,
         constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies,
@@ -212,7 +222,7 @@ def _mix(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """c, q, k, v (B, S, E) and, if wanted, the gates' pre-activations (2, B, NH, S)."""
     mix = prepared[2]
-    parts, gates = triton.cdiv(shape.inner, MIX_CHANNELS), 2 * shape.heads
+    parts, gates = blocks_of(shape.inner, MIX_CHANNELS), 2 * shape.heads
     c, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates if with_gates else 1, dtype=torch.float32)
     tensors = (
@@ -227,14 +237,14 @@ def _mix(
     if shape.two_dimensional:
         rows, columns = shape.grid
         height = SETTINGS['mix_rows'][0]
-        blocks = triton.cdiv(rows, height)
-        strips = triton.cdiv(shape.batch * triton.cdiv(columns, 2), MIX_PAIRS) * blocks
+        blocks = blocks_of(rows, height)
+        strips = blocks_of(shape.batch * blocks_of(columns, 2), MIX_PAIRS) * blocks
         mix_kernels.mix2d_kernel[(parts * strips,)](
             *tensors, rows, columns, shape.inner, height, blocks, parts, **options
         )
     else:
         height = SETTINGS['mix_rows'][1]
-        blocks = triton.cdiv(shape.tokens, 2 * MIX_PAIRS * height)
+        blocks = blocks_of(shape.tokens, 2 * MIX_PAIRS * height)
         mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
             *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options
         )
@@ -246,9 +256,9 @@ def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, bias: Tensor) ->
     gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
     parts, width = constant.shape
     step, warps = SETTINGS['gates']
-    mix_kernels.gates_kernel[(triton.cdiv(shape.batch * shape.tokens, step),)](
+    mix_kernels.gates_kernel[(blocks_of(shape.batch * shape.tokens, step),)](
         shares, constant, bias, gates, shape.batch, shape.tokens, shares.numel() // gates.numel(), parts,
-        HEADS=shape.heads, BG=width, BT=step, BP=GATE_PARTS, BN=triton.next_power_of_2(2 * shape.heads),
+        HEADS=shape.heads, BG=width, BT=step, BP=GATE_PARTS, BN=power_of_two(2 * shape.heads),
         num_warps=warps,
     )  # fmt: skip
     return gates
@@ -269,10 +279,10 @@ def _output(shape: BlockShape, h: Tensor, c: Tensor, z: Tensor, weights: dict[st
     """y (B, S, E)."""
     dim = shape.inner // shape.heads
     y = torch.empty_like(c)
-    width = triton.next_power_of_2(dim)
+    width = power_of_two(dim)
     height = max(1, SETTINGS['output'][0] // width)
     bias = weights['head_b']
-    norm_kernels.output_kernel[(triton.cdiv(shape.tokens, height), shape.heads, shape.batch)](
+    norm_kernels.output_kernel[(blocks_of(shape.tokens, height), shape.heads, shape.batch)](
         h, h.stride(0), h.stride(1), h.stride(2), c, z, z.stride(0), z.stride(1), weights['head_w'],
         weights['head_w'] if bias is None else bias, weights['skip'], y, shape.tokens, shape.inner, NORM_EPS,
         HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=SETTINGS['output'][1],
@@ -322,7 +332,7 @@ def _down(shape: BlockShape, y: Tensor, weight: Tensor, bias: Tensor | None, x: 
     rows, dims = shape.batch * shape.tokens, x.shape[-1]
 
     def launch(tiles: Tiles) -> object:
-        grid = (triton.cdiv(dims, tiles.columns), triton.cdiv(rows, tiles.rows))
+        grid = (blocks_of(dims, tiles.columns), blocks_of(rows, tiles.rows))
         return gemm_kernels.down_kernel[grid](
             y, weight, weight if bias is None else bias, x, x if scale is None else scale, out, rows, shape.tokens,
             shape.inner, dims, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, BM=tiles.rows, BN=tiles.columns,
