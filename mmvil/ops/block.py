@@ -198,9 +198,9 @@ def _launch_prepare(
     lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
     sizes = {name: lowered[name].numel() if name in lowered else 0 for name in ('up_w', 'up_b', 'down_w')}
     exact = weights['wq'].new_empty(parts * gates + taps * shape.inner, dtype=torch.float32)
-    constant, turned = exact.split([parts * gates, taps * shape.inner])
+    constant, turned = exact.split_with_sizes([parts * gates, taps * shape.inner])
     low = exact.new_empty(groups * MIX_CHANNELS * (3 * MIX_CHANNELS + 2 * gates) + sum(sizes.values()), dtype=dtype)
-    matrices, gate_matrices, *copies = low.split(
+    matrices, gate_matrices, *copies = low.split_with_sizes(
         [groups * 3 * MIX_CHANNELS**2, groups * 2 * MIX_CHANNELS * gates, *sizes.values()]
     )
     square, tall = (matrices, gate_matrices) if tiles is None else tiles

@@ -6,12 +6,12 @@ Names, all in the kernels' own units (a token is one row of S, a channel one col
     conv     (E, taps)       depthwise weights, already turned for the reading direction
     c        (B, S, E)       SiLU(conv(a) + bias)
     q, k, v  (B, S, E)       block-diagonal projections of c, c and a; blocks of QB x QB
-    gate     (parts, 2, B, NH, S)   partial sums of the input and forget gates, one part per block of BC channels
+    gate     (parts, B, S, 2 NH)  partial sums of the input and forget gates, one part per block of 32 channels
 
-Tokens are walked in strips: a strip is BW columns of the grid by ROWS rows. A causal 1-D convolution walks the sequence
-as rows of GW = BW tokens. Sums over tokens are written per program and added up outside, so results do not depend on
-the order in which programs run. Source: Vision-LSTM (arXiv 2406.04303) section 3, with the gates as linear maps of c
-and a, since q, k and v are linear in these.
+The backward kernels walk tokens in strips: a strip is BW columns of the grid by ROWS rows. A causal 1-D convolution
+walks the sequence as rows of GW = BW tokens. Sums over tokens are written per program and added up outside, so results
+do not depend on the order in which programs run. Source: Vision-LSTM (arXiv 2406.04303) section 3, with the gates as
+linear maps of c and a, since q, k and v are linear in these.
 """
 
 import triton
