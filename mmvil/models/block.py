@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import mlstm
-from ..ops.mlstm import BACKENDS
+from ..ops.mlstm import AUTOCAST_DEVICES, BACKENDS
 from .fused import run_fused, say_once, why_not_fused
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 from .streamed import can_stream, run_streamed
@@ -137,11 +137,8 @@ class ViLLayer(BaseModule):
             Input and forget gates, (B, NH, S) each.
         """
         device_type = q.device.type
-        without_autocast = (
-            torch.autocast(device_type, enabled=False)
-            if torch.amp.is_autocast_available(device_type)
-            else nullcontext()
-        )
+        has_autocast = device_type in AUTOCAST_DEVICES
+        without_autocast = torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
         with without_autocast:
             joined = torch.cat([q, k, v], dim=-1).to(self.igate.weight.dtype)
             return self.igate(joined).transpose(1, 2), self.fgate(joined).transpose(1, 2)
