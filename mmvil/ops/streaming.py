@@ -5,6 +5,7 @@ cache when it is used next.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,10 @@ def chunk_slices(length: int, dim: int, reverse: bool) -> list[slice]:
     Returns:
         Slices of nearly equal length, in reading order.
     """
-    # Scores cost in proportion to the chunk, states to DH: about equal at L = DH. Shorter ones are lost in call overhead.
+    # Scores cost in proportion to the piece, states to DH: about equal at L = DH. In shorter ones calls take the time.
     count = math.ceil(length / max(128, dim))
     edges = [round(length * i / count) for i in range(count + 1)]
-    slices = [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    slices = [slice(start, stop) for start, stop in pairwise(edges)]
     return slices[::-1] if reverse else slices
 
 

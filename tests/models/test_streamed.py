@@ -103,9 +103,8 @@ def test_memory_of_a_block_is_linear(first: int, second: int) -> None:
 @pytest.mark.parametrize('arch', ['tiny', 'small'])
 def test_memory_at_512_pixels_is_below_a_fifth_of_the_quadratic_form(arch: str) -> None:
     image = random_image(512)
+    models = [build(arch, backend, 512) for backend in ('auto', 'parallel')]
     with torch.inference_mode():
-        own, quadratic = (
-            peak_allocated(lambda model=build(arch, backend, 512): model(image)) for backend in ('auto', 'parallel')
-        )
+        own, quadratic = (peak_allocated(lambda model=model: model(image)) for model in models)
     assert quadratic > 4 * 4 * 1024 * 1024, 'the measure sees at least one score per head and pair of tokens'
     assert own < quadratic / 5
