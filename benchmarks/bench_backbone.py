@@ -13,12 +13,13 @@ training; 'train' is forward and backward, without an optimizer step. 'graph' re
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -349,21 +350,41 @@ def warm_up(options: argparse.Namespace) -> None:
             process.kill()
 
 
-def run_case(options: argparse.Namespace, size: str, pixels: int) -> dict[str, object]:
-    """Run one process and read its result; a failure becomes a row."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / 'result.json'
-        try:
-            done = subprocess.run(
-                command(options, size, pixels, options.models, '--worker', str(file)),
-                capture_output=True, text=True, timeout=options.limit, check=False,
-            )  # fmt: skip
-            failure = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        except subprocess.TimeoutExpired:
-            failure = f'took longer than {options.limit} s'
-        if file.exists():
-            return json.loads(file.read_text(encoding='utf-8'))
-    return {'rows': [{'size': size, 'pixels': pixels, 'model': 'all', 'error': f'failed: {failure}'}]}
+def start_case(options: argparse.Namespace, size: str, pixels: int) -> tuple[subprocess.Popen, Path]:
+    """Start a process that imports everything and then waits for its turn on the device."""
+    file = Path(tempfile.mkdtemp()) / 'result.json'
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command(options, size, pixels, options.models, '--worker', str(file)),
+        stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True,
+    )  # fmt: skip
+    return process, file
+
+
+def finish_case(process: subprocess.Popen, file: Path, size: str, pixels: int, limit: float) -> dict[str, object]:
+    """Let a process measure, and read its result; a failure becomes a row."""
+    try:
+        _, errors = process.communicate('go\n', timeout=limit)
+        failure = (errors.strip().splitlines() or ['no message'])[-1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        failure = f'took longer than {limit} s'
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return {'rows': [{'size': size, 'pixels': pixels, 'model': 'all', 'error': f'failed: {failure}'}]}
+    finally:
+        shutil.rmtree(file.parent)
+
+
+def run_cases(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, object]]]:
+    """Run one process after the other, each started while the one before it measures."""
+    pairs = cases(options)
+    following = start_case(options, *pairs[0])
+    for index, (size, pixels) in enumerate(pairs):
+        running, following = following, start_case(options, *pairs[index + 1]) if index + 1 < len(pairs) else None
+        yield size, pixels, finish_case(*running, size, pixels, options.limit)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -395,13 +416,15 @@ def main(arguments: list[str] | None = None) -> int:
         warm(options)
         return 0
     if options.worker:
+        if 'deit' in options.models:
+            build_deit('tiny', PATCH)  # for its imports
+        sys.stdin.readline()
         write_json(options.worker, worker(options))
         return 0
     if not options.cold:
         warm_up(options)
     result: dict[str, object] = {'environment': environment(), 'rates': {}, 'rows': []}
-    for size, pixels in cases(options):
-        found = run_case(options, size, pixels)
+    for size, pixels, found in run_cases(options):
         result['rows'] += found['rows']
         result['rates'][f'{size}:{pixels}'] = found.get('rates')
         print(table(found['rows'], COLUMNS), flush=True)

@@ -126,17 +126,28 @@ def test_commands_of_the_processes() -> None:
             bench.parse(['--cases', wrong])
 
 
-def test_a_failed_process_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = bench.parse(['--limit', '60'])
-    monkeypatch.setattr(bench, 'command', lambda *_: [bench.sys.executable, '-c', 'raise SystemExit("broken")'])
-    (row,) = bench.run_case(options, 'tiny', 224)['rows']
-    assert (row['size'], row['pixels'], row['error']) == ('tiny', 224, 'failed: broken')
+def test_processes_run_in_turn_and_a_failure_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench.parse(['--cases', 'tiny:224', 'small:512', 'tiny:512', '--limit', '60'])
 
-    def writing(_: object, size: str, pixels: int, models: object, flag: str, file: str) -> list[str]:
-        return [bench.sys.executable, '-c', f'open({file!r}, "w").write({json.dumps({"rows": [size, pixels]})!r})']
+    def script(_: object, size: str, pixels: int, models: object, flag: str, file: str) -> list[str]:
+        write = f'open({file!r}, "w").write({json.dumps({"rows": [size, pixels]})!r})'
+        work = 'raise SystemExit("broken")' if size == 'small' else write
+        return [bench.sys.executable, '-c', f'assert input() == "go"; {work}']
 
-    monkeypatch.setattr(bench, 'command', writing)
-    assert bench.run_case(options, 'tiny', 224) == {'rows': ['tiny', 224]}
+    monkeypatch.setattr(bench, 'command', script)
+    found = list(bench.run_cases(options))
+    assert [(size, pixels) for size, pixels, _ in found] == bench.cases(options)
+    assert found[0][2] == {'rows': ['tiny', 224]}
+    assert found[2][2] == {'rows': ['tiny', 512]}
+    (row,) = found[1][2]['rows']
+    assert (row['size'], row['pixels'], row['error']) == ('small', 512, 'failed: broken')
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench.parse(['--cases', 'tiny:224', '--limit', '1'])
+    monkeypatch.setattr(bench, 'command', lambda *_: [bench.sys.executable, '-c', 'import time; time.sleep(60)'])
+    ((_, _, found),) = bench.run_cases(options)
+    assert found['rows'][0]['error'] == 'failed: took longer than 1.0 s'
 
 
 def test_no_gpu_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,14 @@ from mmvil.ops.fast_launch import FastKernel, FastKernels
 RECORDER = Path(__file__).with_name('launch_recorder.py')
 
 
-def record(*arguments: str) -> dict:
-    """Run the recorder outside of the interpreter."""
+def record(*arguments: str, script: Path = RECORDER) -> dict:
+    """Run a script outside of the interpreter."""
     environment = {
         **os.environ,
         'TRITON_INTERPRET': '0',
         'PYTHONPATH': os.pathsep.join([str(RECORDER.parents[2]), *sys.path]),
     }
-    command = [sys.executable, str(RECORDER), *arguments]
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -37,6 +37,14 @@ def test_what_reaches_the_card_is_what_triton_sends() -> None:
     # One entry for each compiled kernel that a direct launch is known for, per device; streams share them.
     assert found['sizes'] == [11, 11, 22]
     assert found['hooked'] == 2
+
+
+def test_every_launch_of_the_launchers_fits_its_kernel() -> None:
+    found = record(script=RECORDER.with_name('launch_checker.py'))
+    assert found['problems'] == []
+    assert found['first']['compiled'] < found['first']['all'] / 4
+    assert found['then']['all'] > found['first']['all']
+    assert found['then']['compiled'] == found['first']['compiled']  # other image sizes compile nothing
 
 
 @pytest.mark.parametrize('version', ['3.2.0', '3.9.1', '4.0.0+git'])

@@ -1,0 +1,123 @@
+"""Run the real launchers without a card and check each direct launch: python launch_checker.py.
+
+Nothing is compiled. A stand-in for a compiled kernel knows what Triton was about to compile it for (which numbers are
+one or divisible by 16, which addresses are aligned, types, constants) and holds every launch against that. Prints one
+JSON line: kernels compiled and launches in all, at first and after more image sizes, and what was wrong.
+"""
+
+import json
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.compiler
+from launch_recorder import Driver
+from triton.compiler import CompiledKernel
+
+from mmvil.ops import fast_launch
+
+COUNTS = {'compiled': 0, 'all': 0}
+PROBLEMS: list[str] = []
+GIVEN: list[object] = []
+"""What the launcher gave for the launch in hand: tensors, where a direct launch has addresses."""
+TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float64: '*fp64'}
+BOUNDS = {'i32': (-(2**31), 2**31), 'i64': (-(2**63), 2**63), 'u64': (0, 2**64)}
+
+
+class Compiled(CompiledKernel):
+    """What a kernel would be compiled for."""
+
+    def __init__(self, source: object) -> None:
+        self.name, self.src = source.fn.fn.__name__, source
+        self.function, self.packed_metadata, self.module = 1, (), None
+
+    def __del__(self) -> None:
+        pass
+
+    def launch_metadata(self, *_: object) -> None:
+        return None
+
+    @property
+    def run(self) -> object:
+        return self.check
+
+    def check(self, x: int, y: int, z: int, stream: int, function: int, *rest: object) -> None:
+        """Hold the arguments against what the kernel was compiled for."""
+        COUNTS['all'] += 1
+        arguments = rest[4:]
+        divisible = {place[0] for place, what in self.src.attrs.items() if ['tt.divisibility', 16] in what}
+        names = list(self.src.signature)
+        if len(arguments) != len(names):
+            PROBLEMS.append(f'{self.name}: {len(arguments)} arguments for {len(names)} parameters')
+        given = [*GIVEN, *arguments[len(GIVEN) :]]
+        for place, (name, kind, value) in enumerate(zip(names, self.src.signature.values(), arguments, strict=True)):
+            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if isinstance(given[place], torch.Tensor):
+                if TYPES[given[place].dtype] != kind:
+                    self.complain(name, f'{given[place].dtype} for {kind}')
+                if given[place].data_ptr() != number:
+                    self.complain(name, 'another address')
+            elif kind != 'constexpr' and given[place] != value:
+                self.complain(name, f'{value} in place of {given[place]}')
+            if kind == 'constexpr' and self.src.constants[(place,)] != value:
+                self.complain(name, f'{value} for the constant {self.src.constants[(place,)]}')
+            if kind in BOUNDS and not BOUNDS[kind][0] <= number < BOUNDS[kind][1]:
+                self.complain(name, f'{number} for {kind}')
+            if kind == 'fp32' and type(value) not in (float, int):
+                self.complain(name, f'{type(value)} for {kind}')
+            if place in divisible and number % 16:
+                self.complain(name, f'{number} is not divisible by 16')
+
+    def complain(self, name: str, what: str) -> None:
+        PROBLEMS.append(f'{self.name}, {name}: {what}')
+
+
+def run_blocks(shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Forward and backward of whole blocks and of the cell alone; what they compute is of no interest."""
+    from mmvil.models import ViLBlock
+    from mmvil.models.fused import run_fused
+    from mmvil.ops.custom_op import mlstm_triton
+
+    for dims, options in ((32, {}), (64, {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False})):
+        for reverse in (False, True):
+            block = ViLBlock(dims, reverse, **options)
+            for batch, rows, columns in shapes:
+                x = torch.zeros(batch, rows * columns, dims, requires_grad=True)
+                with torch.autocast('cpu', torch.bfloat16, enabled=batch % 2 == 0):
+                    out = run_fused(block, x, (rows, columns))
+                out.sum().backward()
+    for form in ('quadratic', 'chunkwise'):
+        for batch, rows, columns in shapes:
+            # Views one element into their memory, so that addresses are not aligned.
+            memory = [torch.zeros(batch * 2 * rows * columns * 24 + 1)[rows % 2 :] for _ in range(3)]
+            q, k, v = (x[: batch * 2 * rows * columns * 24].view(batch, 2, -1, 24) for x in memory)
+            gates = torch.zeros(2, batch, 2, rows * columns)
+            mlstm_triton(q.requires_grad_(), k, v, *gates, bool(rows % 2), 1e-6, form).sum().backward()
+
+
+def main() -> None:
+    """Patch Triton, run, report."""
+    driver = Driver()
+    driver.utils.get_device_properties = lambda _: {'max_shared_mem': 232448, 'multiprocessor_count': 132}
+    triton.runtime.driver.set_active(driver)
+
+    def compile_nothing(source: object, target: object = None, options: object = None, **_: object) -> Compiled:
+        COUNTS['compiled'] += 1
+        return Compiled(source)
+
+    key_and_values = fast_launch._key_and_values
+
+    def noting(arguments: Sequence[object], specialised: Sequence[bool]) -> tuple:
+        GIVEN[:] = arguments
+        return key_and_values(arguments, specialised)
+
+    triton.compiler.compile = compile_nothing  # where each kernel takes it from when it is first launched
+    fast_launch._key_and_values = noting
+    run_blocks([(1, 1, 1), (2, 4, 4), (3, 3, 5), (2, 8, 8), (1, 1, 16), (4, 5, 7), (16, 2, 2), (2, 9, 16), (2, 4, 4)])
+    before = dict(COUNTS)
+    run_blocks([(2, 3, 16), (5, 7, 11), (4, 16, 16), (3, 20, 3)])
+    print(json.dumps({'first': before, 'then': COUNTS, 'problems': PROBLEMS[:20]}))
+
+
+if __name__ == '__main__':
+    main()
