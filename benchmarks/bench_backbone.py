@@ -418,7 +418,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         if 'deit' in options.models:
             build_deit('tiny', PATCH)  # for its imports
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # the process that would have said go has ended
+            return 1
         write_json(options.worker, worker(options))
         return 0
     if not options.cold:

@@ -23,15 +23,16 @@ class CapturedModel:
         self.shape, self.dtype, self.device, self._copy = example.shape, example.dtype, example.device, copy
         # The graph reads the memory that the weights have now. Holding it keeps that safe if they are moved later.
         self._model, self._memory = model, [x.detach() for x in (*model.parameters(), *model.buffers())]
-        self._input = example.detach().clone()
         self._graph = torch.cuda.CUDAGraph()
         autocast = torch.is_autocast_enabled('cuda')
         # With its cache autocast would hand the graph casts made outside of it, blind to later changes of the weights.
         with (
             torch.cuda.device(self.device),
+            torch.inference_mode(False),  # its tensors could not be written to outside of it
             torch.no_grad(),
             torch.autocast('cuda', torch.get_autocast_dtype('cuda'), enabled=autocast, cache_enabled=False),
         ):
+            self._input = example.detach().clone()
             self._output = self._record(lambda: model(self._input, **arguments))
         _copied(self._output)  # refuses what cannot be handed out
 

@@ -85,6 +85,15 @@ def test_changed_weights_are_seen() -> None:
 
 
 @pytest.mark.gpu
+def test_captured_and_run_in_inference_mode() -> None:
+    model, image = backbone().cuda(), torch.randn(1, 3, 64, 64, device='cuda')
+    with torch.inference_mode():
+        run = mmvil.capture_inference(model, image.clone())
+        inside = run(image.clone())[-1]
+    assert torch.equal(inside, run(image)[-1])
+
+
+@pytest.mark.gpu
 def test_own_memory_on_request() -> None:
     model = backbone().cuda()
     first, second = torch.randn(2, 1, 3, 64, 64, device='cuda')
