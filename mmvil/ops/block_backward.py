@@ -20,14 +20,14 @@ from .triton_launch import device_limits, dot_precision
 __all__ = ['block_backward']
 
 MAX_STRIP_ROWS = 32
-# Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and one-warp programs that a
-# multiprocessor holds by their registers on compute capability 9.0: a run of one full wave leaves no tail and the fewest
-# partial sums. Measured on one H100.
-ROW_TILES = {'branch': (1024, 1, 2, 16), 'norm': (1024, 1, 2, 12), 'output': (512, 1, 3, 8)}
-FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 24)}
+# Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and programs per
+# multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for the
+# norm and the branch, whose partial sums are narrow and cost more to add up. From times on one H100.
+ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512, 1, 3, 8)}
+FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
 CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
 CONV_REGISTERS = 168
-SUM_TILE = (64, 32, 4)
+SUM_TILE = (128, 32, 8)
 
 
 def _strips(shape: BlockShape) -> tuple[int, int, int]:
@@ -272,7 +272,7 @@ class _Backward:
             mix.new_empty(3, inner),
             mix.new_empty(2 * shape.heads, 3 * inner),
         )
-        kernels.finish_kernel[(self._parts(channels),)](
+        kernels.finish_kernel[(self._parts(channels), 3)](
             mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wg'], *_biases(weights), matrices,
             biases, wg, inner, QB=block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels,
             BG=_gate_columns(shape), num_warps=4,
