@@ -1,43 +1,62 @@
 """How near the runs of VTAB-1K come to the model's own throughput, and what a campaign costs.
 
-    python benchmarks/bench_vtab.py [--models tiny small base] [--test-images 10000] [--out FILE]
+    python benchmarks/bench_vtab.py [--models tiny small base] [--blocks plain fused] [--out FILE]
 
 A final run is timed as the tool does it: 750 steps on 1,000 images that live in memory, then the test images from the
-host's memory. The model's own throughput is that of the same updates, and the same float32 forward passes, on one batch
-that lies normalised on the device. The images are noise; decoding them, once per task, is not part of either figure.
+host's memory. The model's own throughput is that of the same updates, as a CUDA graph, and of the same float32 forward
+passes, on one batch that lies normalised on the device. S and B take fewer steps and images: `SIZES`. The images are
+noise; decoding them, once per task, is not part of either figure.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 from mmpretrain.structures import DataSample
+from torch import nn
 
 from mmvil.datasets.vtab_tasks import TASKS
 from mmvil.evaluation.data import LoadedSplit
 from mmvil.evaluation.models import ModelFactory
 from mmvil.evaluation.protocol import load_settings
 from mmvil.evaluation.training import build_optimizer, count_correct, train_model
+from mmvil.evaluation.updates import why_not_graphed
 
 if __package__:
-    from .common import environment, table, write_json
+    from .common import environment, graphed, table, write_json
 else:
-    from common import environment, table, write_json
+    from common import environment, graphed, table, write_json
 
 ROOT = Path(__file__).parents[1]
-NUM_CLASSES, TRAIN_IMAGES, WARMUP = 10, 1000, 10
-COLUMNS = ['model', 'train img/s', 'own train img/s', 'train %', 'eval img/s', 'own eval img/s', 'eval %', 'campaign h']
-NUM_TASKS, TEST_IMAGES = len(TASKS), sum(task.test for task in TASKS.values())
+NUM_CLASSES, TRAIN_IMAGES, WARMUP = 10, 1000, 3
+SIZES = {'tiny': (50, 10_000), 'small': (10, 5_120), 'base': (5, 2_560)}
+"""Epochs of 15 steps, and test images."""
+COLUMNS = [
+    'model', 'blocks', 'steps', 'train img/s', 'own train img/s', 'train %', 'own eager img/s', 'eval img/s',
+    'own eval img/s', 'eval %', 'peak GiB', 'campaign h',
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Own:
+    """Throughput of the model on one batch on the device, images per second."""
+
+    train: float
+    train_eager: float
+    evaluate: float
 
 
 def make_split(count: int, size: tuple[int, int], device: torch.device, on_device: bool) -> LoadedSplit:
     """Noise in place of decoded images, where the tool keeps them."""
-    images = torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8)
-    images = images.to(device) if on_device else images.pin_memory() if device.type == 'cuda' else images
-    return LoadedSplit(None, torch.randint(0, NUM_CLASSES, (count,)).to(device), images, {})
+    images = torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, device=device)
+    if not on_device and device.type == 'cuda':
+        images = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True).copy_(images)
+    return LoadedSplit(None, torch.randint(0, NUM_CLASSES, (count,), device=device), images, {})
 
 
 def rate(work: Callable[[], object], images: int, repeats: int, device: torch.device) -> float:
@@ -58,65 +77,105 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_own(factory: ModelFactory, settings: Config, device: torch.device, repeats: int) -> tuple[float, float]:
-    """Throughput of the model on one batch: images per second in training and evaluation."""
-    batch, eval_batch = settings.protocol.batch_size, settings.runtime.eval_batch_size
-    model = factory.fresh(NUM_CLASSES, 0)
-    optim_wrapper, _ = build_optimizer(model, settings, 1e-5, TRAIN_IMAGES // batch)
-    images = torch.randn(batch, 3, *factory.input_size, device=device)
-    samples = [DataSample().set_gt_label(torch.zeros(1, dtype=torch.int64, device=device)) for _ in range(batch)]
+def make_update(model: nn.Module, optim_wrapper: OptimWrapper, images: torch.Tensor) -> Callable[[], None]:
+    """Updates on one batch that needs no preparation."""
+    labels = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
+    samples = [DataSample().set_gt_label(label) for label in labels]
 
     def update() -> None:
         with optim_wrapper.optim_context(model):
             loss = model(images, samples, mode='loss')['loss']
         optim_wrapper.update_params(loss)
 
-    model.train()
-    train = rate(update, batch, repeats, device)
+    return update
+
+
+def measure_own(factory: ModelFactory, settings: Config, device: torch.device, repeats: int) -> Own:
+    """Throughput of the model on one batch."""
+    batch, eval_batch = settings.protocol.batch_size, settings.runtime.eval_batch_size
+    model = factory.fresh(NUM_CLASSES, 0).train()
+    optim_wrapper, _ = build_optimizer(model, settings, 1e-5, TRAIN_IMAGES // batch)
+    update = make_update(model, optim_wrapper, torch.randn(batch, 3, *factory.input_size, device=device))
+    if why_not_graphed(optim_wrapper, device) is None:
+        for group in optim_wrapper.optimizer.param_groups:
+            group['capturable'] = True
+        train = rate(graphed(update), batch, repeats, device)
+    else:
+        train = rate(update, batch, repeats, device)
+    eager = rate(update, batch, max(repeats // 4, 1), device)
     model.eval()
     images = torch.randn(eval_batch, 3, *factory.input_size, device=device)
     with torch.inference_mode():
-        return train, rate(lambda: model(images, mode='tensor'), eval_batch, max(repeats // 4, 1), device)
+        evaluate = rate(lambda: model(images, mode='tensor'), eval_batch, max(repeats // 4, 1), device)
+    return Own(train, eager, evaluate)
 
 
-def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, object]:
+def campaign_hours(train_rate: float, eval_rate: float, settings: Config) -> float:
+    """Hours of all tuning and final runs of 19 tasks on one GPU, decoding apart."""
+    protocol = settings.protocol
+    final = len(protocol.seeds)
+    tuning = len(protocol.learning_rates) * final
+    steps = tuning * (800 // protocol.batch_size) + final * (TRAIN_IMAGES // protocol.batch_size)
+    trained = len(TASKS) * steps * 50 * protocol.batch_size
+    evaluated = len(TASKS) * tuning * 200 + final * sum(task.test for task in TASKS.values())
+    return (trained / train_rate + evaluated / eval_rate) / 3600
+
+
+def measure(name: str, blocks: str, options: argparse.Namespace, device: torch.device) -> dict[str, object]:
     """Measure one model."""
-    overrides = {'protocol.epochs': options.epochs, 'param_scheduler.warmup': options.epochs / 10}
+    epochs, test_images = options.epochs or SIZES[name][0], options.test_images or SIZES[name][1]
+    overrides = {'protocol.epochs': epochs, 'param_scheduler.warmup': epochs / 10}
+    overrides['model.backbone.fused'] = blocks == 'fused'
     settings = load_settings(ROOT / 'configs' / 'vtab' / f'vil-{name}_vtab1k.py', overrides)
+    settings.protocol.batch_size = options.batch_size
+    settings.runtime.eval_batch_size = options.eval_batch_size
     factory = ModelFactory(settings, None, device, from_scratch=True)
-    own_train, own_eval = measure_own(factory, settings, device, options.repeats)
+    own = measure_own(factory, settings, device, options.repeats)
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     train = make_split(TRAIN_IMAGES, factory.input_size, device, on_device=True)
-    test = make_split(options.test_images, factory.input_size, device, on_device=False)
     model = factory.fresh(NUM_CLASSES, 0)
     training = train_model(model, train, settings, 1e-5, 0)
+    if training.diverged:
+        raise FloatingPointError(f'{name}, {blocks}: the loss is {training.final_loss}, nothing is measured')
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == 'cuda' else 0.0
+    test = make_split(test_images, factory.input_size, device, on_device=False)
     evaluation = count_correct(model, test, settings.runtime.eval_batch_size)
-    train_rate, eval_rate = training.images_per_second, evaluation.total / evaluation.seconds
-    batch, seeds = 64, 5
-    tuning_images = NUM_TASKS * 25 * 600 * batch
-    final_images = NUM_TASKS * seeds * 750 * batch
-    evaluated = NUM_TASKS * 25 * 200 + seeds * TEST_IMAGES
-    hours = ((tuning_images + final_images) / train_rate + evaluated / eval_rate) / 3600
-    figures = [train_rate, own_train, 100 * train_rate / own_train, eval_rate, own_eval, 100 * eval_rate / own_eval]
-    row: dict[str, object] = {'model': f'ViL-{name[0].upper()}', 'steps': training.steps}
-    row.update(zip(COLUMNS[1:], (round(figure, 1) for figure in (*figures, hours)), strict=True))
-    return row
+    eval_rate = evaluation.total / evaluation.seconds
+    hours = campaign_hours(training.images_per_second, eval_rate, settings)
+    figures = [
+        training.images_per_second, own.train, 100 * training.images_per_second / own.train, own.train_eager,
+        eval_rate, own.evaluate, 100 * eval_rate / own.evaluate, peak, hours,
+    ]  # fmt: skip
+    row: dict[str, object] = {'model': f'ViL-{name[0].upper()}', 'blocks': blocks, 'steps': training.steps}
+    row.update(zip(COLUMNS[3:], (round(figure, 2) for figure in figures), strict=True))
+    return row | {'test images': test_images, 'train seconds': round(training.seconds, 2)}
 
 
 def main() -> None:
     """Measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['tiny', 'small', 'base'], choices=['tiny', 'small', 'base'])
-    parser.add_argument('--test-images', type=int, default=10_000)
-    parser.add_argument('--epochs', type=int, default=50, help='50 are the 750 steps of a final run')
-    parser.add_argument('--repeats', type=int, default=100, help='timed updates of the model alone')
+    parser.add_argument('--models', nargs='+', default=list(SIZES), choices=list(SIZES))
+    parser.add_argument('--blocks', nargs='+', default=['plain', 'fused'], choices=['plain', 'fused'])
+    parser.add_argument('--epochs', type=int, help='instead of those in SIZES; 50 are the 750 steps of a final run')
+    parser.add_argument('--test-images', type=int, help='instead of those in SIZES')
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--eval-batch-size', type=int, default=256)
+    parser.add_argument('--repeats', type=int, default=40, help='timed updates of the model alone')
     parser.add_argument('--out', type=Path, help='JSON file')
     options = parser.parse_args()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    rows = [measure(name, options, device) for name in options.models]
+    facts = environment() if device.type == 'cuda' else {'device': 'cpu', 'torch': torch.__version__}
+    sizes = {'batch_size': options.batch_size, 'eval_batch_size': options.eval_batch_size}
+    rows: list[dict[str, object]] = []
+    for blocks in options.blocks:
+        for name in options.models:
+            rows.append(measure(name, blocks, options, device))
+            print(rows[-1], flush=True)
+            if options.out:  # after every row: what was measured outlives an end by a clock
+                write_json(options.out, {'environment': facts, **sizes, 'rows': rows})
     print(table(rows, COLUMNS))
-    if options.out:
-        facts = environment() if device.type == 'cuda' else {'device': 'cpu', 'torch': torch.__version__}
-        write_json(options.out, {'environment': facts, 'rows': rows})
 
 
 if __name__ == '__main__':

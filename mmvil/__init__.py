@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .capture import capture_inference
     from .convert import from_official
 
-__all__ = ['__version__', 'from_official']
+__all__ = ['__version__', 'capture_inference', 'from_official']
 
 
 def __getattr__(name: str) -> Any:
-    """Import `from_official` at its first use, so that `import mmvil` stays free of torch and mmengine."""
+    """Import the public functions at their first use, so that `import mmvil` stays free of torch and mmengine."""
     if name == 'from_official':
         from .convert import from_official
 
         return from_official
+    if name == 'capture_inference':
+        from .capture import capture_inference
+
+        return capture_inference
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

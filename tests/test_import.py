@@ -66,4 +66,5 @@ def test_public_names() -> None:
 
     assert {'VisionLSTM', 'ViLBlock', 'ViLLayer'} <= set(mmvil.models.__all__)
     assert set(mmvil.ops.__all__) == {'available_backends', 'mlstm'}
-    assert 'from_official' in mmvil.__all__
+    assert {'capture_inference', 'from_official'} <= set(mmvil.__all__)
+    assert callable(mmvil.capture_inference)

@@ -76,7 +76,7 @@ STANDARD: dict = {
         'convert_to_iter_based': True,
     },
     # No part of the protocol: how the work is done, without influence on what comes out.
-    'runtime': {'eval_batch_size': 256, 'num_threads': 8, 'memory_limit': 32.0},
+    'runtime': {'eval_batch_size': 256, 'num_threads': 8, 'memory_limit': 32.0, 'cuda_graph': True},
 }
 FREE_KEYS = ('runtime', 'data_preprocessor')  # a backbone is normalised as it was trained
 PHASES = ('tune', 'final')

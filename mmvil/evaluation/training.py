@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,13 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from mmengine.registry import PARAM_SCHEDULERS
-from mmpretrain.structures import DataSample
-from torch import Tensor, nn
+from torch import nn
 
 from .data import LoadedSplit
 from .models import quiet_logger
+from .updates import Updater
 
-__all__ = ['Evaluation', 'Training', 'build_optimizer', 'count_correct', 'train_model']
+__all__ = ['Evaluation', 'Training', 'build_optimizer', 'count_correct', 'now', 'train_model']
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,12 @@ def build_optimizer(
     """
     config = copy.deepcopy(_plain(settings['optim_wrapper']))
     config['optimizer']['lr'] = learning_rate
-    if config.get('type') == 'AmpOptimWrapper' and next(model.parameters()).device.type == 'cpu':
+    device = next(model.parameters()).device
+    if config.get('type') == 'AmpOptimWrapper' and device.type == 'cpu':
         config = {key: value for key, value in config.items() if key not in ('dtype', 'loss_scale', 'use_fsdp')}
         config['type'] = 'OptimWrapper'
+    if device.type == 'cuda' and config['optimizer'].get('type') in ('Adam', 'AdamW'):
+        config['optimizer'].setdefault('fused', True)  # one kernel per group instead of a dozen
     with quiet_logger():  # one line per parameter, for each of hundreds of runs
         try:
             optim_wrapper = build_optim_wrapper(model, config)
@@ -126,35 +129,24 @@ def train_model(model: nn.Module, split: LoadedSplit, settings: Mapping, learnin
     if steps_per_epoch == 0 or split.images is None:
         raise ValueError(f'training needs at least one batch of {batch_size} images in memory, got {len(split)} images')
     optim_wrapper, schedules = build_optimizer(model, settings, learning_rate, steps_per_epoch)
-    samples = [DataSample().set_gt_label(label) for label in split.labels.unsqueeze(1)]
     generator = torch.Generator().manual_seed(seed)
     model.train()
-    steps, loss, start = 0, torch.zeros(()), _now(device)
+    update = Updater(model, optim_wrapper, batch_size, settings['runtime']['cuda_graph'])
+    steps, loss, start = 0, torch.zeros(()), now(device)
     for _ in range(protocol['epochs']):
         order = torch.randperm(len(split), generator=generator)[: steps_per_epoch * batch_size]
-        on_device = order.to(split.images.device)  # once per epoch: a copy per step would make the host wait
-        for indices, numbers in zip(on_device.split(batch_size), order.split(batch_size), strict=True):
-            inputs = split.images[indices].to(device)
-            loss = _update(model, optim_wrapper, inputs, [samples[number] for number in numbers.tolist()])
+        order = order.to(split.images.device)  # once per epoch: a copy per step would make the host wait
+        for indices in order.split(batch_size):
+            loss = update(split.images[indices].to(device), split.labels[indices.to(device)])
             for schedule in schedules:
                 schedule.step()
             steps += 1
         if not math.isfinite(loss.item()):  # once per epoch: asking more often would make the device wait
             print_log(f'the loss is {loss.item()} after {steps} steps with lr {learning_rate:g}', logger='current')
             break
-    seconds = _now(device) - start
+    seconds = now(device) - start
     final_loss = loss.item()
     return Training(steps, final_loss, not math.isfinite(final_loss), seconds, steps * batch_size / max(seconds, 1e-9))
-
-
-def _update(model: nn.Module, optim_wrapper: OptimWrapper, images: Tensor, samples: Sequence[DataSample]) -> Tensor:
-    """Do one update; returns the loss without waiting for it."""
-    inputs = model.data_preprocessor({'inputs': images}, training=True)['inputs']
-    with optim_wrapper.optim_context(model):
-        losses = model(inputs, samples, mode='loss')
-    loss, _ = model.parse_losses(losses)
-    optim_wrapper.update_params(loss)
-    return loss.detach()
 
 
 @torch.inference_mode()
@@ -174,7 +166,7 @@ def count_correct(model: nn.Module, split: LoadedSplit, batch_size: int) -> Eval
     """
     model.eval()
     device = split.labels.device
-    start, seen = _now(device), 0
+    start, seen = now(device), 0
     correct = torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in split.batches(batch_size, device):
         inputs = model.data_preprocessor({'inputs': images})['inputs']
@@ -183,10 +175,10 @@ def count_correct(model: nn.Module, split: LoadedSplit, batch_size: int) -> Eval
     hits = int(correct)
     if seen != len(split):
         raise ValueError(f'evaluated {seen} of {len(split)} images')
-    return Evaluation(hits, seen, _now(device) - start)
+    return Evaluation(hits, seen, now(device) - start)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Time in seconds, after the device has finished."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)

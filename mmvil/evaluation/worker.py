@@ -18,7 +18,8 @@ from .progress import format_duration, format_progress
 from .protocol import FINAL_SPLITS, PHASES, TUNING_SPLITS, Run
 from .provenance import WorkerPlace, describe_environment
 from .records import write_atomically
-from .training import count_correct, train_model
+from .training import build_optimizer, count_correct, now, train_model
+from .updates import Updater
 
 __all__ = ['Worker', 'estimate_seconds']
 
@@ -199,8 +200,6 @@ def measure_speed(factory: ModelFactory, settings: Config, repeats: int = 5) -> 
     """
     device, batch = factory.device, settings.protocol.batch_size
     eval_batch = settings.runtime.eval_batch_size
-    trial = Config(settings.to_dict())
-    trial.merge_from_dict({'protocol.epochs': 1, 'param_scheduler': None})
     generator = torch.Generator().manual_seed(0)
 
     def noise(count: int) -> LoadedSplit:
@@ -209,7 +208,15 @@ def measure_speed(factory: ModelFactory, settings: Config, repeats: int = 5) -> 
         return LoadedSplit(None, labels.to(device), images.to(device), {})
 
     model = factory.fresh(10, seed=0)
-    train_model(model, noise(batch * 2), trial, 1e-6, 0)
-    step = train_model(model, noise(batch * repeats), trial, 1e-6, 0).seconds / repeats
     count_correct(model, noise(eval_batch), eval_batch)
-    return step, count_correct(model, noise(eval_batch * 2), eval_batch).seconds / (eval_batch * 2)
+    image = count_correct(model, noise(eval_batch * 2), eval_batch).seconds / (eval_batch * 2)
+    model.train()
+    optim_wrapper, _ = build_optimizer(model, settings, 1e-6, repeats)
+    update = Updater(model, optim_wrapper, batch, settings.runtime.cuda_graph)
+    split = noise(batch)
+    for _ in range(update.warmup_steps):
+        update(split.images, split.labels)
+    start = now(device)
+    for _ in range(repeats):
+        update(split.images, split.labels)
+    return (now(device) - start) / repeats, image

@@ -10,8 +10,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..ops import mlstm
-from ..ops.mlstm import BACKENDS
-from .fused import run_fused, say_once, why_not_fused
+from ..ops.mlstm import AUTOCAST_DEVICES, BACKENDS
+from .fused import give_up_fused, run_fused, say_once, why_not_fused
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 
 __all__ = ['ViLBlock', 'ViLLayer']
@@ -34,7 +34,7 @@ class ViLLayer(BaseModule):
         proj_bias: Whether the up, down, query, key and value projections have biases.
         norm_bias: Whether the head norm has a bias.
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
-        fused: Let `ViLBlock` run on fused kernels where a GPU can. Experimental: see `VisionLSTM`.
+        fused: Let `ViLBlock` run on fused kernels where a GPU can.
         init_num_blocks: Sub-blocks that the initial scale of the down-projection is divided by. The published models
             were started with 1.
         init_cfg: mmengine initialisation config.
@@ -58,7 +58,7 @@ class ViLLayer(BaseModule):
         proj_bias: bool = True,
         norm_bias: bool = True,
         mlstm_backend: str = 'auto',
-        fused: bool = False,
+        fused: bool = True,
         init_num_blocks: int = 1,
         init_cfg: dict | list | None = None,
     ) -> None:
@@ -127,11 +127,8 @@ class ViLLayer(BaseModule):
     def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gate pre-activations, (B, NH, S) each, in at least float32 also under autocast."""
         device_type = q.device.type
-        without_autocast = (
-            torch.autocast(device_type, enabled=False)
-            if torch.amp.is_autocast_available(device_type)
-            else nullcontext()
-        )
+        has_autocast = device_type in AUTOCAST_DEVICES
+        without_autocast = torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
         with without_autocast:
             joined = torch.cat([q, k, v], dim=-1).to(self.igate.weight.dtype)
             return self.igate(joined).transpose(1, 2), self.fgate(joined).transpose(1, 2)
@@ -182,7 +179,10 @@ class ViLBlock(BaseModule):
             reason = why_not_fused(self, x)
             if reason is None:
                 _check_tokens(x, grid, self.layer.embed_dims)
-                return run_fused(self, x, grid)
+                try:
+                    return run_fused(self, x, grid)
+                except Exception as error:
+                    reason = give_up_fused(x, error)
             say_once(reason)
         return x + self.drop_path(self.layer(self.norm(x), grid))
 

@@ -7,16 +7,41 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..ops.block_op import fused_block
-from ..ops.mlstm import why_not_triton
-from ..ops.triton_launch import MAX_HEAD_DIM
+from ..ops import custom_op
+from ..ops.block_op import WEIGHTS, fused_block
+from ..ops.mlstm import constant_when_compiled, why_not_triton
+from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure
+from . import block as plain
+from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 
-__all__ = ['fused_weights', 'run_fused', 'why_not_fused']
+__all__ = ['fused_weights', 'give_up_fused', 'run_fused', 'why_not_fused']
 
 MAX_BLOCK = 16
 """Largest edge of the projections' blocks that the kernels are made for."""
 
+FORWARDS = {
+    kind.forward
+    for kind in (
+        nn.Linear, BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
+    )
+}  # fmt: skip
+"""What the modules of a block compute, as far as the kernels do the same. Parametrised modules keep their forward."""
+
+# Module of a layer -> short names of its weight and bias.
+SHORT_NAMES = {
+    'proj_up': ('up_w', 'up_b'),
+    'conv': ('conv_w', 'conv_b'),
+    'q_proj': ('wq', 'bq'),
+    'k_proj': ('wk', 'bk'),
+    'v_proj': ('wv', 'bv'),
+    'igate': ('wi', 'bi'),
+    'fgate': ('wf', 'bf'),
+    'head_norm': ('head_w', 'head_b'),
+    'proj_down': ('down_w', 'down_b'),
+}
+
 _said: set[str] = set()
+_device_reasons: dict[tuple[str, int | None, torch.dtype], str | None] = {}
 
 
 def why_not_fused(block: nn.Module, x: Tensor) -> str | None:
@@ -47,9 +72,26 @@ def why_not_fused(block: nn.Module, x: Tensor) -> str | None:
         return f'the kernels are made for up to 16 heads of up to {MAX_HEAD_DIM} channels'
     if x.numel() == 0:
         return 'the batch is empty'
-    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules() if module is not block):
-        return 'a module inside of the block has a forward hook'
-    return why_not_triton(x.device.type, x.device.index, dtype)
+    if custom_op.counted_form is not None or torch.jit.is_tracing():
+        return 'the plain modules are what is counted and traced'
+    for module in (block.norm, block.drop_path, layer, *layer._modules.values()):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return 'a module inside of the block has a hook'
+        if type(module).forward not in FORWARDS and type(module).forward is not plain.ViLLayer.forward:
+            return f'a {type(module).__name__} has taken the place of one of its modules'
+        if 'forward' in module.__dict__:
+            return f'the forward of a {type(module).__name__} inside of the block has been replaced'
+    return _why_not_here(x.device.type, x.device.index, dtype)
+
+
+# A constant of the graph under torch.compile, as `why_not_triton` is.
+@constant_when_compiled
+def _why_not_here(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    """`why_not_triton`, asked once in a process: its answer takes longer than a small kernel's launch."""
+    key = device_type, index, dtype
+    if key not in _device_reasons:
+        _device_reasons[key] = why_not_triton(*key)
+    return _device_reasons[key]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -83,28 +125,44 @@ def run_fused(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return fused_block(x, fused_weights(block), scale, grid, layer.num_heads, layer.reverse, dtype)
 
 
+def give_up_fused(x: Tensor, error: Exception) -> str:
+    """Note that the kernels cannot be built for tokens like these, so that the plain modules run from now on.
+
+    Args:
+        x: Tokens that the kernels were to be built for.
+        error: What `run_fused` raised.
+
+    Returns:
+        The reason, as `why_not_fused` gives it from now on.
+
+    Raises:
+        Exception: `error`, if it is of another kind.
+    """
+    if not is_compile_failure(error):
+        raise error
+    dtype = compute_dtype(x)
+    reason = f'the fused kernels cannot be built for {dtype} on this device: {type(error).__name__}: {error}'
+    _device_reasons[x.device.type, x.device.index, dtype] = reason
+    return reason
+
+
 def fused_weights(block: nn.Module) -> dict[str, Tensor]:
-    """Collect a block's parameters by the short names of `mmvil.ops.block_op.WEIGHTS`; absent biases are left out."""
+    """Collect a block's parameters by the short names of `mmvil.ops.block_op.WEIGHTS`; absent biases are left out.
+
+    Nothing is kept from call to call, neither lists nor casts: parameters may be replaced, moved or changed in place at
+    any time, through `.data` even without a trace.
+    """
     layer = block.layer
-    named = {
-        'norm_w': block.norm.weight,
-        'norm_b': block.norm.bias,
-        'up_w': layer.proj_up.weight,
-        'up_b': layer.proj_up.bias,
-        'conv_w': layer.conv.weight,
-        'conv_b': layer.conv.bias,
-        'wq': layer.q_proj.weight,
-        'bq': layer.q_proj.bias,
-        'wk': layer.k_proj.weight,
-        'bk': layer.k_proj.bias,
-        'wv': layer.v_proj.weight,
-        'bv': layer.v_proj.bias,
-        'wg': torch.cat([layer.igate.weight, layer.fgate.weight]),
-        'gate_b': torch.cat([layer.igate.bias, layer.fgate.bias]),
-        'head_w': layer.head_norm.weight,
-        'head_b': layer.head_norm.bias,
-        'skip': layer.skip,
-        'down_w': layer.proj_down.weight,
-        'down_b': layer.proj_down.bias,
-    }
-    return {name: weight for name, weight in named.items() if weight is not None}
+    modules = layer._modules
+    named = {'norm_w': _parameter(block.norm, 'weight'), 'norm_b': _parameter(block.norm, 'bias')}
+    for name, (weight, bias) in SHORT_NAMES.items():
+        module = modules[name]
+        named[weight], named[bias] = _parameter(module, 'weight'), _parameter(module, 'bias')
+    named['skip'] = _parameter(layer, 'skip')
+    return {name: named[name] for name in WEIGHTS if named[name] is not None}
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A module's attribute, without nn.Module's slow search where it is a parameter and not computed from others."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)

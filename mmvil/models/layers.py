@@ -136,7 +136,8 @@ class PatchEmbed(nn.Module):
         """
         self._check_image(image)
         height, width = image.shape[-2:]
-        bottom, right = -height % self.patch_size, -width % self.patch_size
+        # By division: the remainder of a symbolic size stops torch.compile with dynamic shapes (seen with torch 2.11).
+        bottom, right = (-(-size // self.patch_size) * self.patch_size - size for size in (height, width))
         if bottom or right:
             image = F.pad(image, (0, right, 0, bottom))
         return self.proj(image).permute(0, 2, 3, 1)

@@ -53,8 +53,7 @@ class VisionLSTM(BaseModule):
         interpolate_mode: How the position table is resampled: 'bicubic', 'bilinear' or 'nearest'.
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
         fused: Run the sub-blocks on fused kernels where a GPU can; where it cannot, the plain modules run, and one log
-            line says why. Experimental and off by default: one of the gradient checks at 1,024 tokens in bfloat16 does
-            not pass yet.
+            line says why.
         pos_grid: Rows and columns of the position table, an int or a pair. Default: the token grid of `img_size`. With
             another one the table is resampled in each forward, as the published stride-8 models do.
         conv: 'conv2d', 'causal_conv1d', None (no convolution) or 'default' (as the version says).
@@ -116,7 +115,7 @@ class VisionLSTM(BaseModule):
         with_cp: bool = False,
         interpolate_mode: str = 'bicubic',
         mlstm_backend: str = 'auto',
-        fused: bool = False,
+        fused: bool = True,
         pos_grid: int | Sequence[int] | None = None,
         conv: str | None = 'default',
         conv_kernel_size: int | None = None,

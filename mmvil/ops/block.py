@@ -14,17 +14,28 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import block_kernels as kernels
-from . import block_norm_kernels as norm_kernels
-from .triton_launch import dot_precision
+from . import block_gemm_kernels, block_kernels, block_mix_kernels, block_norm_kernels
+from .fast_launch import FastKernels
+from .triton_launch import Tiles, dot_precision, launch_first_fitting
 
 __all__ = ['NORM_EPS', 'BlockShape', 'block_forward']
 
-STRIP_COLUMNS = 16
-# Channels or elements of a tile, warps.
+kernels = FastKernels(block_kernels)
+gemm_kernels = FastKernels(block_gemm_kernels)
+mix_kernels = FastKernels(block_mix_kernels)
+norm_kernels = FastKernels(block_norm_kernels)
+
+# Channels and pairs of tokens of a program of the forward mixing kernel, fixed by how its threads hold them.
+MIX_CHANNELS = 32
+MIX_PAIRS = 8
+COPY_BLOCK = 4096
+LOWERED = ('up_w', 'up_b', 'down_w')
+DOWN_TILES = (Tiles(64, 128, 4, 4), Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
+# Elements or tokens of a tile, warps; 'mix_rows' are the steps of a mixing program over a grid and over a sequence.
 SETTINGS = {
     'norm': (4096, 4),
-    'mix': (32, 1),
+    'mix_rows': (4, 4),
+    'gates': (32, 1),
     'output': (2048, 4),
 }
 NORM_EPS = 1e-5
@@ -57,16 +68,6 @@ class BlockShape:
         """Tokens of an image."""
         return self.grid[0] * self.grid[1]
 
-    @property
-    def walk(self) -> tuple[int, int]:
-        """Rows and columns that strips are cut from."""
-        return self.grid if self.two_dimensional else (triton.cdiv(self.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
-
-    @property
-    def first_tap(self) -> int:
-        """Place of a causal convolution's first tap relative to the current token."""
-        return 0 if self.reverse else -3
-
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Normalise the rows of x (rows, D); the stored weight is the difference from one."""
@@ -81,19 +82,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return out
 
 
-def _strips(shape: BlockShape, columns: int = STRIP_COLUMNS) -> tuple[int, int, int]:
-    """Rows of a strip, strips above each other, strips in all."""
-    rows, width = shape.walk
-    height = min(rows, 32)
-    row_blocks = triton.cdiv(rows, height)
-    return height, row_blocks, row_blocks * triton.cdiv(width, columns)
-
-
-def _channels(shape: BlockShape, most: int) -> int:
-    """Channels of a tile: a power of two that holds whole blocks."""
-    return max(16, min(most, triton.next_power_of_2(shape.inner)))
-
-
 def _gate_width(shape: BlockShape) -> int:
     """Columns of a tile of gates."""
     return max(16, triton.next_power_of_2(2 * shape.heads))
@@ -104,51 +92,95 @@ def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
     return [weights['conv_b'] if weights[name] is None else weights[name] for name in ('bq', 'bk', 'bv')]
 
 
-def _prepare(shape: BlockShape, weights: dict[str, Tensor | None], channels: int, dtype: torch.dtype) -> list[Tensor]:
-    """Weights in tiles of `channels` channels; see `prepare_kernel`."""
-    parts, gates = triton.cdiv(shape.inner, channels), _gate_width(shape)
-    square = weights['wq'].new_empty(parts, 3, channels, channels, dtype=dtype)
-    tall = square.new_empty(parts, 2, channels, gates)
-    constant = square.new_empty(parts, gates, dtype=torch.float32)
-    kernels.prepare_kernel[(parts,)](
-        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], square, tall, constant,
-        shape.inner, QB=shape.block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gates,
-        num_warps=4,
-    )  # fmt: skip
-    return [square, tall, constant]
+@dataclass(frozen=True)
+class MixWeights:
+    """What the forward mixing kernel reads; see `prepare_kernel`.
+
+    Attributes:
+        constant: (parts, BG) float32, what the projections' biases add to the gates.
+        taps: (taps, E) float32, the convolution's weights, turned for the reading direction.
+        matrices: (E / 32, 3, 32, 32), the projections.
+        gate_matrices: (E / 32, 2, 32, BG), maps from c and a to the gates.
+    """
+
+    constant: Tensor
+    taps: Tensor
+    matrices: Tensor
+    gate_matrices: Tensor
 
 
-def _mix(
-    shape: BlockShape, a: Tensor, conv: Tensor, prepared: Sequence[Tensor], weights: dict[str, Tensor | None],
-    with_gates: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The convolution's output, q, k, v (B, S, E) and the gates' pre-activations without bias (2, B, NH, S)."""
-    parts, _, channels, _ = prepared[0].shape
-    pre, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
-    partial = a.new_empty(
-        (parts, 2, shape.batch, shape.heads, shape.tokens) if with_gates else (1,), dtype=torch.float32
+def _prepare(
+    shape: BlockShape, weights: dict[str, Tensor | None], dtype: torch.dtype
+) -> tuple[MixWeights, dict[str, Tensor | None]]:
+    """What `_mix` reads, and the outer projections' weights in dtype, all by one kernel."""
+    parts, gates = triton.cdiv(shape.inner, MIX_CHANNELS), _gate_width(shape)
+    taps = weights['conv_w'][0].numel()
+    found = {name: weights[name] for name in LOWERED}
+    lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
+    sizes = {name: lowered[name].numel() if name in lowered else 0 for name in LOWERED}
+    exact = weights['wq'].new_empty(parts * gates + taps * shape.inner, dtype=torch.float32)
+    constant, turned = exact.split([parts * gates, taps * shape.inner])
+    low = exact.new_empty(parts * MIX_CHANNELS * (3 * MIX_CHANNELS + 2 * gates) + sum(sizes.values()), dtype=dtype)
+    matrices, gate_matrices, *copies = low.split(
+        [parts * 3 * MIX_CHANNELS**2, parts * 2 * MIX_CHANNELS * gates, *sizes.values()]
     )
-    height, row_blocks, strips = _strips(shape)
-    rows, width = shape.walk
-    kernels.mix_kernel[(parts, strips, shape.batch)](
-        a, a.stride(0), a.stride(1), conv, weights['conv_b'], *prepared, *_biases(weights), pre, q, k, v, partial,
-        shape.batch, shape.tokens, rows, width, shape.inner, height, row_blocks, shape.first_tap,
-        IS_2D=shape.two_dimensional, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, WITH_GATES=with_gates,
-        PRECISION=dot_precision(a.dtype), BW=STRIP_COLUMNS, BC=channels, BG=_gate_width(shape),
-        num_warps=SETTINGS['mix'][1],
+    programs = parts + triton.cdiv(max(sizes.values()), COPY_BLOCK)
+    kernels.prepare_kernel[(programs,)](
+        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], weights['conv_w'], constant,
+        turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies, *sizes.values(),
+        parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block, HEADS=shape.heads,
+        HAS_BIAS=weights['bq'] is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
     )  # fmt: skip
-    return pre, q, k, v, partial.sum(0) if with_gates else None
+    found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
+    return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found
+
+
+def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+    """The convolution's output, q, k, v (B, S, E) and the gates' pre-activations (2, B, NH, S)."""
+    parts, gates = triton.cdiv(shape.inner, MIX_CHANNELS), 2 * shape.heads
+    pre, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
+    shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
+    tensors = (
+        a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices, *_biases(weights),
+        pre, q, k, v, shares, shape.batch, shape.tokens,
+    )  # fmt: skip
+    options = {
+        'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
+        'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
+        'BG': _gate_width(shape), 'num_warps': 1, 'num_stages': 1,
+    }  # fmt: skip
+    if shape.two_dimensional:
+        rows, columns = shape.grid
+        height = SETTINGS['mix_rows'][0]
+        blocks = triton.cdiv(rows, height)
+        strips = triton.cdiv(shape.batch * triton.cdiv(columns, 2), MIX_PAIRS) * blocks
+        mix_kernels.mix2d_kernel[(parts * strips,)](
+            *tensors, rows, columns, shape.inner, height, blocks, parts, **options
+        )
+    else:
+        height = SETTINGS['mix_rows'][1]
+        blocks = triton.cdiv(shape.tokens, 2 * MIX_PAIRS * height)
+        mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
+            *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options
+        )
+    return pre, q, k, v, _gates(shape, shares, mix.constant, weights['gate_b'])
+
+
+def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, bias: Tensor) -> Tensor:
+    """Sum of the gates' shares, (2, B, NH, S)."""
+    gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
+    parts, width = constant.shape
+    step, warps = SETTINGS['gates']
+    mix_kernels.gates_kernel[(triton.cdiv(shape.batch * shape.tokens, step),)](
+        shares, constant, bias, gates, shape.batch, shape.tokens, shares.numel() // gates.numel(), parts,
+        HEADS=shape.heads, BG=width, BT=step, BN=triton.next_power_of_2(2 * shape.heads), num_warps=warps,
+    )  # fmt: skip
+    return gates
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, E) seen as (B, NH, S, DH)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _taps(conv: Tensor, reverse: bool) -> Tensor:
-    """Depthwise weights as (E, taps) float32, turned for the reading direction."""
-    flat = conv.flatten(1).float()
-    return flat.flip(1) if reverse else flat.contiguous()
 
 
 def _output(shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, weights: dict[str, Tensor | None]) -> Tensor:
@@ -188,21 +220,34 @@ def block_forward(
         The new residual stream, and for the backward pass: u (B, S, 2E), gates (2, B, NH, S), h, the convolution's
         output, k, v (B, S, E), the cell's statistics.
     """
+    mix, lowered = _prepare(shape, weights, dtype)
     normalised = layer_norm(x.flatten(0, 1), weights['norm_w'], weights['norm_b'], dtype)
-    u = F.linear(normalised, weights['up_w'].to(dtype), _cast(weights['up_b'], dtype))
+    u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
-    conv = _taps(weights['conv_w'], shape.reverse)
-    prepared = _prepare(shape, weights, _channels(shape, SETTINGS['mix'][0]), dtype)
-    pre, q, k, v, gates = _mix(shape, a, conv, prepared, weights, with_gates=True)
-    gates = gates + weights['gate_b'].float().view(2, 1, shape.heads, 1)
+    pre, q, k, v, gates = _mix(shape, a, mix, weights)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
     y = _output(shape, h, pre, z, weights)
-    branch = F.linear(y, weights['down_w'].to(dtype), _cast(weights['down_b'], dtype))
-    out = x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1).to(x.dtype))
+    out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
     return out, u, gates, h, pre, k, v, statistics
 
 
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+def _down(shape: BlockShape, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, scale: Tensor | None) -> Tensor:
+    """Down-projection of y (B, S, E), weighted by scale per image, added to the residual stream x (B, S, D)."""
+    if y.dtype == torch.float32:  # full products are faster in cuBLAS
+        branch = F.linear(y, weight, None if bias is None else bias.float())
+        return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1).to(x.dtype))
+    out = torch.empty_like(x)
+    rows, dims = shape.batch * shape.tokens, x.shape[-1]
+
+    def launch(tiles: Tiles) -> object:
+        grid = (triton.cdiv(dims, tiles.columns), triton.cdiv(rows, tiles.rows))
+        return gemm_kernels.down_kernel[grid](
+            y, weight, weight if bias is None else bias, x, x if scale is None else scale, out, rows, shape.tokens,
+            shape.inner, dims, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, BM=tiles.rows, BN=tiles.columns,
+            BK=64, PRECISION='ieee', **tiles.options(),
+        )  # fmt: skip
+
+    launch_first_fitting(DOWN_TILES if dims > 192 else DOWN_TILES[1:], launch)
+    return out

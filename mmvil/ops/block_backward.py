@@ -12,13 +12,17 @@ import torch
 import triton
 from torch import Tensor
 
-from . import block_backward_kernels as kernels
-from . import block_backward_norm_kernels as norm_kernels
-from .block import NORM_EPS, STRIP_COLUMNS, BlockShape
+from . import block_backward_kernels, block_backward_norm_kernels
+from .block import NORM_EPS, BlockShape
+from .fast_launch import FastKernels
 from .triton_launch import device_limits, dot_precision
 
 __all__ = ['block_backward']
 
+kernels = FastKernels(block_backward_kernels)
+norm_kernels = FastKernels(block_backward_norm_kernels)
+
+STRIP_COLUMNS = 16
 MAX_STRIP_ROWS = 32
 # Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and programs per
 # multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for the
@@ -30,9 +34,14 @@ CONV_REGISTERS = 168
 SUM_TILE = (128, 32, 8)
 
 
+def _walk(shape: BlockShape) -> tuple[int, int]:
+    """Rows and columns that strips are cut from."""
+    return shape.grid if shape.two_dimensional else (triton.cdiv(shape.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
+
+
 def _strips(shape: BlockShape) -> tuple[int, int, int]:
     """Rows of a strip, strips above each other, strips in all."""
-    rows, width = shape.walk
+    rows, width = _walk(shape)
     height = min(rows, MAX_STRIP_ROWS)
     row_blocks = triton.cdiv(rows, height)
     return height, row_blocks, row_blocks * triton.cdiv(width, STRIP_COLUMNS)
@@ -238,10 +247,10 @@ class _Backward:
         last = self.taps - 1 if shape.reverse else 0
         if shape.two_dimensional:
             kernel = kernels.conv2d_backward_kernel
-            sizes = (*shape.walk, shape.inner, height, row_blocks, strips, images, last)
+            sizes = (*_walk(shape), shape.inner, height, row_blocks, strips, images, last)
         else:
             kernel = kernels.conv1d_backward_kernel
-            sizes = (shape.tokens, shape.inner, height, strips, images, shape.first_tap, last)
+            sizes = (shape.tokens, shape.inner, height, strips, images, 0 if shape.reverse else -3, last)
         kernel[(self._parts(channels), strips, groups)](
             self.a, self.a.stride(0), dpre, weights['conv_w'], da, da.stride(0), self.sums.parts[5], shape.batch,
             *sizes, self.sums.sizes[5][1], BW=STRIP_COLUMNS, BC=channels, num_warps=warps,

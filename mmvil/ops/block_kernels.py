@@ -1,4 +1,4 @@
-"""Device code before the mLSTM cell of a ViL block: convolution, projections, gates. After it: `block_norm_kernels.py`.
+"""What the kernels around the mLSTM cell of a ViL block share, and the kernel that lays out weights for them.
 
 Names, all in the kernels' own units (a token is one row of S, a channel one column of E):
 
@@ -17,7 +17,7 @@ and a, since q, k and v are linear in these.
 import triton
 import triton.language as tl
 
-__all__ = ['mix_kernel', 'prepare_kernel']
+__all__ = ['prepare_kernel']
 
 
 @triton.jit
@@ -75,33 +75,6 @@ def _weigh3(x0, x1, x2, w0, w1, w2):
 
 
 @triton.jit
-def _tap(w_ptr, channel, E, TAPS: tl.constexpr, i: tl.constexpr):
-    """Weight of tap i, (1, BC) float32."""
-    return tl.load(w_ptr + channel * TAPS + i, mask=channel < E, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _taps4(w_ptr, channel, E):
-    """The four taps of a causal convolution."""
-    return (
-        _tap(w_ptr, channel, E, 4, 0),
-        _tap(w_ptr, channel, E, 4, 1),
-        _tap(w_ptr, channel, E, 4, 2),
-        _tap(w_ptr, channel, E, 4, 3),
-    )
-
-
-@triton.jit
-def _taps3(w_ptr, channel, E, row: tl.constexpr):
-    """Three taps of one kernel row."""
-    return (
-        _tap(w_ptr, channel, E, 9, 3 * row),
-        _tap(w_ptr, channel, E, 9, 3 * row + 1),
-        _tap(w_ptr, channel, E, 9, 3 * row + 2),
-    )
-
-
-@triton.jit
 def _block_matrix(w_ptr, first, E, QB: tl.constexpr, BC: tl.constexpr):
     """Block-diagonal (BC, BC) matrix of one projection, [in, out]."""
     i = tl.arange(0, BC)[:, None]
@@ -120,149 +93,86 @@ def _gate_matrix(w_ptr, part, channel, E, GATES: tl.constexpr, BG: tl.constexpr)
 
 
 @triton.jit
-def _add_bias(x, ptr, channel, E):
-    """x + bias, the bias read from ptr."""
-    return x + tl.load(ptr + channel, mask=channel < E, other=0.0).to(tl.float32)[None, :]
+def _copy(source_ptr, target_ptr, first, size, BLOCK: tl.constexpr):
+    """Copy up to BLOCK elements in the target's dtype."""
+    place = first + tl.arange(0, BLOCK)
+    value = tl.load(source_ptr + place, mask=place < size, other=0.0)
+    tl.store(target_ptr + place, value.to(target_ptr.dtype.element_ty), mask=place < size)
 
 
 @triton.jit
-def prepare_kernel(
-    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, square_ptr, tall_ptr, constant_ptr, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """Weights of one block of BC channels as the other kernels read them.
+def _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC: tl.constexpr, BG: tl.constexpr):
+    """Write the matrices of a part in the order of `block_mix_kernels`."""
+    i = tl.arange(0, BC)
+    row = i // 4 % 2 * 16 + i // 8 % 4 * 4 + i % 4
+    column = i // 4 % 2 * 16 + i // 2 % 2 * 8 + i // 8 % 4 * 2 + i % 2
+    matrix = matrix_ptr + (part * 3 * BC * BC + row * BC)[:, None] + column[None, :]
+    tl.store(matrix, mq)
+    tl.store(matrix + BC * BC, mk)
+    tl.store(matrix + 2 * BC * BC, mv)
+    gate_matrix = gate_matrix_ptr + (part * 2 * BC + row)[:, None] * BG + tl.arange(0, BG)[None, :]
+    tl.store(gate_matrix, gc)
+    tl.store(gate_matrix + BC * BG, ga)
 
-    square (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
-    these in c and a: tall (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what the
-    projections' biases add.
-    """
-    part = tl.program_id(0)
+
+@triton.jit
+def _fold(
+    part, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr,
+    taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """`prepare_kernel` for one part."""
     channel = part * BC + tl.arange(0, BC)
     inside = channel < E
-    i = tl.arange(0, BC)
     g = tl.arange(0, BG)
+    dtype = matrix_ptr.dtype.element_ty
     mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
     mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
     mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
     gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
     gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
     gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
-    dtype = square_ptr.dtype.element_ty
-    square = square_ptr + part * 3 * BC * BC + i[:, None] * BC + i[None, :]
-    tl.store(square, mq.to(dtype))
-    tl.store(square + BC * BC, mk.to(dtype))
-    tl.store(square + 2 * BC * BC, mv.to(dtype))
-    tall = tall_ptr + part * 2 * BC * BG + i[:, None] * BG + g[None, :]
     gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
-    tl.store(tall, gc.to(dtype))
-    tl.store(tall + BC * BG, tl.dot(mv, gv, input_precision='tf32x3').to(dtype))
+    ga = tl.dot(mv, gv, input_precision='tf32x3')
     constant = tl.zeros((BG,), tl.float32)
     if HAS_BIAS:
         constant += tl.sum(tl.load(bq_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gq, 0)
         constant += tl.sum(tl.load(bk_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gk, 0)
         constant += tl.sum(tl.load(bv_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gv, 0)
     tl.store(constant_ptr + part * BG + g, constant)
+    tap = tl.arange(0, 16)
+    turned = TAPS - 1 - tap if REVERSE else tap
+    is_tap = inside[None, :] & (tap < TAPS)[:, None]
+    value = tl.load(conv_ptr + channel[None, :] * TAPS + turned[:, None], mask=is_tap, other=0.0)
+    tl.store(taps_ptr + tap[:, None] * E + channel[None, :], value.to(tl.float32), mask=is_tap)
+    mq, mk, mv, gc, ga = mq.to(dtype), mk.to(dtype), mv.to(dtype), gc.to(dtype), ga.to(dtype)
+    _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC, BG)
 
 
 @triton.jit
-def _square(ptr, part, which: tl.constexpr, BC: tl.constexpr, TURNED: tl.constexpr):
-    """Block-diagonal matrix of Wq (0), Wk (1) or Wv (2): [in, out], or [out, in] if TURNED."""
-    i = tl.arange(0, BC)
-    place = i[None, :] * BC + i[:, None] if TURNED else i[:, None] * BC + i[None, :]
-    return tl.load(ptr + (part * 3 + which) * BC * BC + place)
-
-
-@triton.jit
-def _tall(ptr, part, which: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, TURNED: tl.constexpr):
-    """Map from c (0) or a (1) to the gates: (BC, BG), or (BG, BC) if TURNED."""
-    i = tl.arange(0, BC)
-    g = tl.arange(0, BG)
-    place = i[None, :] * BG + g[:, None] if TURNED else i[:, None] * BG + g[None, :]
-    return tl.load(ptr + (part * 2 + which) * BC * BG + place)
-
-
-@triton.jit
-def _mix_row(
-    pre, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr, gc, ga, constant,
-    pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
-    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BG: tl.constexpr,
+def prepare_kernel(
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr, taps_ptr,
+    matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr, down_w_copy_ptr,
+    up_w_size, up_b_size, down_w_size, parts, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Everything behind the convolution for one row of a strip."""
-    dtype = q_ptr.dtype.element_ty
-    pre = _add_bias(pre, conv_b_ptr, channel, E)
-    mask = valid[:, None] & (channel < E)[None, :]
-    place = plane + t.to(tl.int64)[:, None] * E + channel[None, :]
-    pre = pre.to(dtype)
-    tl.store(pre_ptr + place, pre, mask=mask)
-    pre = pre.to(tl.float32)  # c is that of the rounded value, which is all that the other kernels know
-    c = (pre * tl.sigmoid(pre)).to(dtype)
-    q = tl.dot(c, mq, input_precision=PRECISION)
-    k = tl.dot(c, mk, input_precision=PRECISION)
-    v = tl.dot(a, mv, input_precision=PRECISION)
-    if HAS_BIAS:
-        q = _add_bias(q, bq_ptr, channel, E)
-        k = _add_bias(k, bk_ptr, channel, E)
-        v = _add_bias(v, bv_ptr, channel, E)
-    tl.store(q_ptr + place, q.to(dtype), mask=mask)
-    tl.store(k_ptr + place, k.to(dtype), mask=mask)
-    tl.store(v_ptr + place, v.to(dtype), mask=mask)
-    if WITH_GATES:
-        gate = tl.dot(c, gc, input_precision=PRECISION) + tl.dot(a, ga, input_precision=PRECISION) + constant[None, :]
-        g = tl.arange(0, BG)
-        target = (((part * 2 + g // HEADS).to(tl.int64) * B + batch) * HEADS + g % HEADS) * S
-        tl.store(gate_ptr + target[None, :] + t[:, None], gate, mask=valid[:, None] & (g < 2 * HEADS)[None, :])
+    """Weights as the other kernels read them. Program i < parts does block i of BC channels, the others copy.
 
-
-@triton.jit
-def mix_kernel(
-    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, square_ptr, tall_ptr, constant_ptr, bq_ptr, bk_ptr, bv_ptr,
-    pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, first,
-    IS_2D: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    WITH_GATES: tl.constexpr, PRECISION: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this channel block's part of the gates."""
-    part = tl.program_id(0)
-    strip = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    channel = part * BC + tl.arange(0, BC)
-    col = (strip // row_blocks) * BW + tl.arange(0, BW)
-    first_row = (strip % row_blocks) * ROWS
-    a_ptr += batch * a_batch
-    plane = batch * S * E
-    mq = _square(square_ptr, part, 0, BC, False)
-    mk = _square(square_ptr, part, 1, BC, False)
-    mv = _square(square_ptr, part, 2, BC, False)
-    gc = _tall(tall_ptr, part, 0, BC, BG, False)
-    ga = _tall(tall_ptr, part, 1, BC, BG, False)
-    constant = tl.load(constant_ptr + part * BG + tl.arange(0, BG))
-    if IS_2D:
-        w0, w1, w2 = _taps3(conv_ptr, channel, E, 0)
-        w3, w4, w5 = _taps3(conv_ptr, channel, E, 1)
-        w6, w7, w8 = _taps3(conv_ptr, channel, E, 2)
-        u0, u1, u2 = _load_row(a_ptr, a_row, first_row - 1, col, channel, GW, S, GH, E)
-        m0, m1, m2 = _load_row(a_ptr, a_row, first_row, col, channel, GW, S, GH, E)
-        d0, d1, d2 = _load_row(a_ptr, a_row, first_row + 1, col, channel, GW, S, GH, E)
-        for step in range(ROWS):
-            row = first_row + step
-            n0, n1, n2 = _load_row(a_ptr, a_row, row + 2, col, channel, GW, S, GH, E)  # ahead of their use
-            pre = _weigh3(u0, u1, u2, w0, w1, w2) + _weigh3(m0, m1, m2, w3, w4, w5) + _weigh3(d0, d1, d2, w6, w7, w8)
-            t, valid = _token(row, col, GW, S, GH)
-            _mix_row(
-                pre, m1, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv, bq_ptr, bk_ptr, bv_ptr,
-                gc, ga, constant, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
-                HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
-            )  # fmt: skip
-            u0, u1, u2 = m0, m1, m2
-            m0, m1, m2 = d0, d1, d2
-            d0, d1, d2 = n0, n1, n2
+    matrix (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
+    these in c and a: gate_matrix (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what
+    the projections' biases add. Rows and columns are in the order that `block_mix_kernels` reads, BC is 32. taps
+    (TAPS, E): the convolution's weights, turned for the reading direction. The copies of the outer projections' weights
+    are in the activations' dtype.
+    """
+    program = tl.program_id(0)
+    if program < parts:
+        _fold(
+            program, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr,
+            constant_ptr, taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS, REVERSE, QB, HEADS, HAS_BIAS, BC, BG,
+        )  # fmt: skip
     else:
-        w0, w1, w2, w3 = _taps4(conv_ptr, channel, E)
-        for step in range(ROWS):
-            t, valid = _token(first_row + step, col, GW, S, GH)
-            t0, t1, t2, t3 = _load_four(a_ptr, a_row, t, first, channel, S, E)
-            a = _load_shifted(a_ptr, a_row, t, channel, S, E)
-            _mix_row(
-                t0 * w0 + t1 * w1 + t2 * w2 + t3 * w3, a, t, valid, channel, part, plane, batch, conv_b_ptr, mq, mk, mv,
-                bq_ptr, bk_ptr, bv_ptr, gc, ga, constant, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E,
-                HEADS, HAS_BIAS, WITH_GATES, PRECISION, BG,
-            )  # fmt: skip
+        first = (program - parts) * BLOCK
+        _copy(up_w_ptr, up_w_copy_ptr, first, up_w_size, BLOCK)
+        _copy(up_b_ptr, up_b_copy_ptr, first, up_b_size, BLOCK)
+        _copy(down_w_ptr, down_w_copy_ptr, first, down_w_size, BLOCK)

@@ -1,54 +1,71 @@
 """The fused ViL block as a torch operator: fake kernels and autograd, so that it works under torch.compile and AMP.
 
-The launchers in `block.py` know tensors alone; this file gives them to torch. Triton is imported at the first call.
+The launchers in `block.py` know tensors alone; this file gives them to torch. Where nobody traces or watches operators,
+the launchers are called without going through torch's dispatcher, which takes longer than launching the kernels. Triton
+is imported at the first call.
 """
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .triton_launch import choose_form, empty_rows_like
+from .eager import operators_may_be_skipped
+from .triton_launch import choose_form, empty_rows_like, is_compile_failure
 
 __all__ = ['WEIGHTS', 'fused_block']
 
 WEIGHTS = (
-    'norm_w', 'norm_b', 'up_w', 'up_b', 'conv_w', 'conv_b', 'wq', 'bq', 'wk', 'bk', 'wv', 'bv', 'wg', 'gate_b',
+    'norm_w', 'norm_b', 'up_w', 'up_b', 'conv_w', 'conv_b', 'wq', 'bq', 'wk', 'bk', 'wv', 'bv', 'wi', 'bi', 'wf', 'bf',
     'head_w', 'head_b', 'skip', 'down_w', 'down_b',
 )  # fmt: skip
-"""Short names of a block's parameters.
+"""Short names of a block's parameters; wi, bi, wf, bf are those of the input and forget gates. Biases may be missing.
 
-wg (2 NH, 3E) and gate_b (2 NH) are those of the input gates above those of the forget gates; biases may be missing.
+The launchers get the gates as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above the forget gates.
 """
+GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
 
 
+@functools.cache
 def _launchers() -> ModuleType:
     return importlib.import_module('.block', __package__)
 
 
-def _cell(shape: object) -> ModuleType:
-    """The form of the mLSTM that is fastest at this size."""
-    form = choose_form(shape.tokens, shape.inner // shape.heads)
+@functools.cache
+def _backward_launchers() -> ModuleType:
+    return importlib.import_module('.block_backward', __package__)
+
+
+@functools.cache
+def _form(form: str) -> ModuleType:
     return importlib.import_module(f'.triton_{form}', __package__)
 
 
+def _cell(shape: object) -> ModuleType:
+    """The form of the mLSTM that is fastest at this size."""
+    return _form(choose_form(shape.tokens, shape.inner // shape.heads))
+
+
 def _by_name(weights: Sequence[Tensor], names: str) -> dict[str, Tensor | None]:
-    """All of `WEIGHTS`, None for those that the block does not have."""
-    return {**dict.fromkeys(WEIGHTS), **dict(zip(names.split(), weights, strict=True))}
+    """All of `WEIGHTS`, None for those that the block does not have, and the joined ones of the gates."""
+    named = {**dict.fromkeys(WEIGHTS), **dict(zip(names.split(), weights, strict=True))}
+    return {**named, **{name: torch.cat([named[part] for part in parts]) for name, parts in GATES.items()}}
+
+
+@functools.lru_cache(maxsize=1024)
+def _block_shape(
+    batch: int, rows: int, columns: int, heads: int, inner: int, block: int, conv_dims: int, reverse: bool
+) -> object:
+    return _launchers().BlockShape(batch, (rows, columns), heads, inner, block, conv_dims == 4, reverse)
 
 
 def _shape(x: Tensor, named: dict[str, Tensor | None], rows: int, columns: int, heads: int, reverse: bool) -> object:
-    return _launchers().BlockShape(
-        batch=x.shape[0],
-        grid=(rows, columns),
-        heads=heads,
-        inner=named['skip'].shape[0],
-        block=named['wq'].shape[-1],
-        two_dimensional=named['conv_w'].dim() == 4,
-        reverse=reverse,
-    )
+    inner, block = named['skip'].shape[0], named['wq'].shape[-1]
+    return _block_shape(x.shape[0], rows, columns, heads, inner, block, named['conv_w'].dim(), reverse)
 
 
 @torch.library.custom_op('mmvil::vil_block_fwd', mutates_args=())
@@ -80,10 +97,7 @@ def vil_block_fwd(
         The new residual stream, and after it what the backward pass needs: u, gates, h, the
         convolution's output, k, v and the cell's statistics.
     """
-    named = _by_name(weights, names)
-    shape = _shape(x, named, rows, columns, heads, reverse)
-    out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale)
-    return [out, *saved, *statistics]
+    return _forward(x, _by_name(weights, names), scale, rows, columns, heads, reverse, dtype)
 
 
 @vil_block_fwd.register_fake
@@ -99,12 +113,14 @@ def _(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     batch, tokens, _ = x.shape
-    named = _by_name(weights, names)
+    named = dict(zip(names.split(), weights, strict=True))
     inner = named['skip'].shape[0]
     u = x.new_empty(batch, tokens, 2 * inner, dtype=dtype)
     gates = x.new_empty(2, batch, heads, tokens, dtype=torch.float32)
     q = x.new_empty(batch, tokens, heads, inner // heads, dtype=dtype).transpose(1, 2)  # as the launchers lay it out
-    shape = _shape(x, named, rows, columns, heads, reverse)
+    shape = _launchers().BlockShape(
+        batch, (rows, columns), heads, inner, named['wq'].shape[-1], named['conv_w'].dim() == 4, reverse
+    )
     kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(3)]
     return [torch.empty_like(x), u, gates, empty_rows_like(q), *kept, *_cell(shape).empty_saved(q)]
 
@@ -140,13 +156,9 @@ def vil_block_bwd(
         Gradient of x, then of each weight, in their dtypes.
     """
     named = _by_name(weights, names)
-    shape = _shape(x, named, rows, columns, heads, reverse)
-    u, gates, h, pre, k, v, *statistics = saved
-    dx, gradients = importlib.import_module('.block_backward', __package__).block_backward(
-        shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
-    )
+    dx, gradients = _backward(dout, x, named, scale, saved, rows, columns, heads, reverse)
     return [
-        dx,
+        dx,  # the others may be parts of one buffer, which results of an operator must not be
         *(gradients[name].reshape(named[name].shape).to(named[name].dtype, copy=True) for name in names.split()),
     ]
 
@@ -167,13 +179,13 @@ def _(
     return [torch.empty_like(x), *(torch.empty_like(weight) for weight in weights)]
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
     x, weights, ctx.names, scale, *ctx.sizes, _ = inputs
     ctx.count, ctx.scaled = len(weights), scale is not None
     ctx.save_for_backward(x, *weights, *([scale] if ctx.scaled else []), *output[1:])
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, gradients: list[Tensor]) -> tuple:
+def _operator_backward(ctx: FunctionCtx, gradients: list[Tensor]) -> tuple:
     x, *rest = ctx.saved_tensors
     weights, rest = rest[: ctx.count], rest[ctx.count :]
     scale = rest.pop(0) if ctx.scaled else None
@@ -181,7 +193,73 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, gradients: list[Tensor])
     return dx, found, None, None, None, None, None, None, None
 
 
-vil_block_fwd.register_autograd(_backward, setup_context=_setup_context)
+vil_block_fwd.register_autograd(_operator_backward, setup_context=_setup_context)
+
+
+def _forward(
+    x: Tensor, named: dict[str, Tensor | None], scale: Tensor | None, rows: int, columns: int, heads: int,
+    reverse: bool, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """Results of `vil_block_fwd`."""
+    with torch.cuda.device_of(x):
+        shape = _shape(x, named, rows, columns, heads, reverse)
+        out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale)
+        return [out, *saved, *statistics]
+
+
+def _backward(
+    dout: Tensor, x: Tensor, named: dict[str, Tensor | None], scale: Tensor | None, saved: Iterable[Tensor], rows: int,
+    columns: int, heads: int, reverse: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Gradients of x and, by short name, of the parameters; these may be views, of any floating dtype."""
+    with torch.cuda.device_of(x):
+        shape = _shape(x, named, rows, columns, heads, reverse)
+        u, gates, h, pre, k, v, *statistics = saved
+        try:
+            dx, gradients = _backward_launchers().block_backward(
+                shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
+            )
+        except Exception as error:
+            if is_compile_failure(error):  # the plain modules would need activations that are gone by now
+                raise RuntimeError(
+                    'the fused backward pass cannot be built here; build the model with fused=False'
+                ) from error
+            raise
+    for name, parts in GATES.items():
+        gradients.update(zip(parts, gradients.pop(name).chunk(2), strict=True))
+    return dx, gradients
+
+
+class _EagerBlock(torch.autograd.Function):
+    """The same without torch's dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        names: str,
+        scale: Tensor | None,
+        sizes: tuple,
+        dtype: torch.dtype,
+        *weights: Tensor,
+    ) -> Tensor:
+        named = _by_name(weights, names)
+        out, *saved = _forward(x, named, scale, *sizes, dtype)
+        ctx.names, ctx.sizes, ctx.kept = names.split(), sizes, list(named)
+        ctx.save_for_backward(x, scale, *named.values(), *saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, *rest = ctx.saved_tensors
+        named = dict(zip(ctx.kept, rest, strict=False))
+        dx, gradients = _backward(dout, x, named, scale, rest[len(named) :], *ctx.sizes)
+        found = [
+            gradients[name].reshape(named[name].shape).to(named[name].dtype) if wanted else None
+            for name, wanted in zip(ctx.names, ctx.needs_input_grad[5:], strict=True)
+        ]
+        return (dx, None, None, None, None, *found)
 
 
 def fused_block(
@@ -207,6 +285,10 @@ def fused_block(
     Returns:
         (B, S, D).
     """
-    rows, columns = grid
-    names, tensors = ' '.join(weights), list(weights.values())
-    return torch.ops.mmvil.vil_block_fwd(x.contiguous(), tensors, names, scale, rows, columns, heads, reverse, dtype)[0]
+    x, names, tensors = x.contiguous(), ' '.join(weights), list(weights.values())
+    sizes = (*grid, heads, reverse)
+    if not operators_may_be_skipped(x, *tensors):
+        return torch.ops.mmvil.vil_block_fwd(x, tensors, names, scale, *sizes, dtype)[0]
+    if torch.is_grad_enabled():
+        return _EagerBlock.apply(x, names, scale, sizes, dtype, *tensors)
+    return _forward(x, _by_name(tensors, names), scale, *sizes, dtype)[0]

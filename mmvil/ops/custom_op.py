@@ -5,11 +5,14 @@ Kernels that fail to compile are given up with one warning; their work is done i
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .eager import operators_may_be_skipped
 from .torch_backward import like_kernels, mlstm_with_gradients
 from .triton_launch import empty_rows_like, is_compile_failure
 
@@ -63,19 +66,7 @@ def mlstm_fwd(
     Returns:
         h, (B, NH, S, DH), and after it what the backward pass of that form needs.
     """
-    module = _module(form)
-    if (form, q.dtype, q.shape[-1]) not in compile_failures:
-        try:
-            with torch.cuda.device_of(q):
-                h, saved = module.forward(q, k, v, igate, fgate, reverse, eps)
-        except Exception as error:
-            if not is_compile_failure(error):
-                raise
-            _give_up(form, q, error)
-        else:
-            return [h, *saved]
-    (h,) = like_kernels([q], mlstm_with_gradients(q, k, v, igate, fgate, reverse, eps))
-    return [h, *(x.zero_() for x in module.empty_saved(q))]
+    return _forward(q, k, v, igate, fgate, reverse, eps, form)
 
 
 @mlstm_fwd.register_fake
@@ -108,6 +99,57 @@ def mlstm_bwd(
     Returns:
         dq, dk, dv in q's dtype; digate and dfgate, (B, NH, S), float32.
     """
+    return _backward(dh, q, k, v, igate, fgate, h, saved, reverse, eps, form)
+
+
+@mlstm_bwd.register_fake
+def _(
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, h: Tensor, saved: list[Tensor],
+    reverse: bool, eps: float, form: str,
+) -> list[Tensor]:  # fmt: skip
+    return [*(empty_rows_like(x) for x in (q, k, v)), torch.empty_like(igate), torch.empty_like(fgate)]
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
+    """Keep the inputs and everything the forward pass computed."""
+    *tensors, ctx.reverse, ctx.eps, ctx.form = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _operator_backward(ctx: FunctionCtx, gradients: list[Tensor]) -> tuple:
+    """Backward formula; only h is ever differentiated."""
+    q, k, v, igate, fgate, h, *saved = ctx.saved_tensors
+    out = mlstm_bwd(gradients[0], q, k, v, igate, fgate, h, saved, ctx.reverse, ctx.eps, ctx.form)
+    return (*out, None, None, None)
+
+
+mlstm_fwd.register_autograd(_operator_backward, setup_context=_setup_context)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, eps: float, form: str
+) -> list[Tensor]:
+    """Results of `mlstm_fwd`."""
+    module = _module(form)
+    if (form, q.dtype, q.shape[-1]) not in compile_failures:
+        try:
+            with torch.cuda.device_of(q):
+                h, saved = module.forward(q, k, v, igate, fgate, reverse, eps)
+        except Exception as error:
+            if not is_compile_failure(error):
+                raise
+            _give_up(form, q, error)
+        else:
+            return [h, *saved]
+    (h,) = like_kernels([q], mlstm_with_gradients(q, k, v, igate, fgate, reverse, eps))
+    return [h, *(x.zero_() for x in module.empty_saved(q))]
+
+
+def _backward(
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, h: Tensor, saved: Sequence[Tensor],
+    reverse: bool, eps: float, form: str,
+) -> list[Tensor]:  # fmt: skip
+    """Results of `mlstm_bwd`."""
     if (form, q.dtype, q.shape[-1]) not in compile_failures:
         try:
             with torch.cuda.device_of(q):
@@ -120,28 +162,20 @@ def mlstm_bwd(
     return like_kernels(inputs, mlstm_with_gradients(*inputs, reverse, eps, dh))
 
 
-@mlstm_bwd.register_fake
-def _(
-    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, h: Tensor, saved: list[Tensor],
-    reverse: bool, eps: float, form: str,
-) -> list[Tensor]:  # fmt: skip
-    return [*(empty_rows_like(x) for x in (q, k, v)), torch.empty_like(igate), torch.empty_like(fgate)]
+class _EagerMlstm(torch.autograd.Function):
+    """The same without torch's dispatcher, which takes longer than launching the kernels."""
 
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: Tensor | bool | float | str) -> Tensor:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
-    """Keep the inputs and everything the forward pass computed."""
-    *tensors, ctx.reverse, ctx.eps, ctx.form = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, gradients: list[Tensor]) -> tuple:
-    """Backward formula; only h is ever differentiated."""
-    q, k, v, igate, fgate, h, *saved = ctx.saved_tensors
-    out = mlstm_bwd(gradients[0], q, k, v, igate, fgate, h, saved, ctx.reverse, ctx.eps, ctx.form)
-    return (*out, None, None, None)
-
-
-mlstm_fwd.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dh: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, igate, fgate, h, *saved = ctx.saved_tensors
+        return (*_backward(dh, q, k, v, igate, fgate, h, saved, ctx.reverse, ctx.eps, ctx.form), None, None, None)
 
 
 def mlstm_triton(
@@ -163,4 +197,8 @@ def mlstm_triton(
         h, (B, NH, S, DH), in q's dtype.
     """
     igate, fgate = igate.float().contiguous(), fgate.float().contiguous()
-    return torch.ops.mmvil.mlstm_fwd(q, k, v, igate, fgate, reverse, eps, form)[0]
+    if not operators_may_be_skipped(q, k, v, igate, fgate):
+        return torch.ops.mmvil.mlstm_fwd(q, k, v, igate, fgate, reverse, eps, form)[0]
+    if torch.is_grad_enabled():
+        return _EagerMlstm.apply(q, k, v, igate, fgate, reverse, eps, form)
+    return _forward(q, k, v, igate, fgate, reverse, eps, form)[0]

@@ -6,6 +6,7 @@ counts multiply-adds and calls them flops; `get_flops` returns both.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from . import custom_op
+from . import block_op, custom_op  # noqa: F401 - the first registers the operators named below
+from .triton_launch import choose_form
 
-__all__ = ['CHUNK', 'count_as', 'get_flops', 'mlstm_flops', 'mlstm_op_handle']
+__all__ = ['CHUNK', 'block_flops', 'count_as', 'get_flops', 'mlstm_flops', 'mlstm_op_handle']
 
 CHUNK = 256
 """Tokens between two states assumed for the chunkwise form where the caller names none."""
@@ -83,6 +85,48 @@ mlstm_counted.register_autograd(lambda ctx, gradient: (gradient, gradient, gradi
 def _counted_formula(q: Sequence[int], *args: Any, **kwargs: Any) -> int:
     """Shapes in place of tensors; the last argument is the form."""
     return mlstm_flops(q, args[-1])
+
+
+def block_flops(
+    x: Sequence[int], weights: dict[str, Sequence[int]], tokens: int, heads: int, backward: bool = False
+) -> int:
+    """Count the FLOPs of one fused ViL block, as its plain modules execute them.
+
+    Args:
+        x: Shape (B, S, D) of the residual stream.
+        weights: Shapes of the block's parameters by the short names of `mmvil.ops.block_op`.
+        tokens: S.
+        heads: Heads of the cell.
+        backward: Count the backward pass instead of the forward pass.
+
+    Returns:
+        FLOPs, 2 per multiply-add.
+    """
+    inner, block = weights['skip'][0], weights['wq'][-1]
+    taps = math.prod(weights['conv_w'][1:])
+    per_token = math.prod(weights['up_w']) + math.prod(weights['down_w'])
+    per_token += inner * (taps + 3 * block) + 2 * heads * 3 * inner
+    form = choose_form(tokens, inner // heads)
+    cell = mlstm_flops((x[0], heads, tokens, inner // heads), form, backward=backward)
+    return (4 if backward else 2) * x[0] * tokens * per_token + cell
+
+
+@register_flop_formula(torch.ops.mmvil.vil_block_fwd)
+def _block_forward_formula(
+    x: Sequence[int], weights: Sequence[Sequence[int]], names: str, scale: object, rows: int, columns: int,
+    heads: int, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Shapes in place of tensors."""
+    return block_flops(x, dict(zip(names.split(), weights, strict=True)), rows * columns, heads)
+
+
+@register_flop_formula(torch.ops.mmvil.vil_block_bwd)
+def _block_backward_formula(
+    dout: Sequence[int], x: Sequence[int], weights: Sequence[Sequence[int]], names: str, scale: object,
+    saved: Sequence[Sequence[int]], rows: int, columns: int, heads: int, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Shapes in place of tensors."""
+    return block_flops(x, dict(zip(names.split(), weights, strict=True)), rows * columns, heads, backward=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from .chunkwise import mlstm_chunkwise
 from .reference import mlstm_parallel, mlstm_recurrent
 from .triton_launch import MAX_HEAD_DIM, choose_form, interpreting, why_not_dtype, why_not_on_device
 
-__all__ = ['autocast_is_on', 'available_backends', 'mlstm', 'why_not_triton']
+__all__ = ['AUTOCAST_DEVICES', 'autocast_is_on', 'available_backends', 'mlstm', 'why_not_triton']
 
 TORCH_BACKENDS: dict[str, Callable[..., Tensor]] = {
     'recurrent': mlstm_recurrent,
@@ -23,6 +23,12 @@ BACKENDS = (*TORCH_BACKENDS, 'triton')
 # In plain torch one S x S product is faster than chunks up to a length that grows with their DH x DH states. Timed in
 # float32 on two CPU cores, DH 96, 192 and 384: the forward passes meet at about 130, 300 and beyond 400 tokens.
 PARALLEL_MAX_TOKENS, PARALLEL_MAX_RATIO = 128, 1.5
+
+# Asked once, since torch.compile cannot trace the question in every torch (seen with 2.11).
+AUTOCAST_DEVICES = frozenset(
+    name for name in ('cpu', 'cuda', 'hpu', 'mps', 'mtia', 'xla', 'xpu') if torch.amp.is_autocast_available(name)
+)
+"""Types of devices that have autocast."""
 
 
 def available_backends() -> dict[str, str | None]:
@@ -95,8 +101,8 @@ def mlstm(
 
 
 def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is on; asking is an error for devices that have none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether autocast is on; asking torch is an error for devices that have none, such as meta."""
+    return device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def _is_narrowable(x: object) -> bool:

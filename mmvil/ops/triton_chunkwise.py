@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_chunkwise_kernels as kernels
+from . import triton_chunkwise_kernels
+from .fast_launch import FastKernels
 from .triton_launch import DeviceLimits, device_limits, dot_precision, empty_rows_like, rows_contiguous
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     'shared_memory_needed',
     'tile_candidates',
 ]
+
+kernels = FastKernels(triton_chunkwise_kernels)
 
 OUTPUT, QUERY_GRADIENT, KEY_GRADIENT, VALUE_GRADIENT = range(4)
 ALIGNMENT = 8

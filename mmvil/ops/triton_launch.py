@@ -19,6 +19,7 @@ __all__ = [
     'MAX_HEAD_DIM',
     'DeviceLimits',
     'Tiles',
+    'ceil_div',
     'choose_form',
     'device_limits',
     'dot_precision',
@@ -29,6 +30,7 @@ __all__ = [
     'is_compile_failure',
     'launch_first_fitting',
     'log_scale',
+    'next_power_of_two',
     'row_alignment',
     'row_strides',
     'rows_contiguous',
@@ -123,6 +125,16 @@ def _cuda_limits(index: int) -> DeviceLimits:
     return DeviceLimits(
         torch.cuda.get_device_capability(index), properties['max_shared_mem'], properties['multiprocessor_count']
     )
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up; as `triton.cdiv`, but without its wrapper, which costs almost as much as a launch."""
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n, for n of at least 1; as `triton.next_power_of_2`, but cheap."""
+    return 1 << (n - 1).bit_length()
 
 
 def head_pieces(head_dim: int) -> tuple[int, int]:

@@ -3,13 +3,14 @@
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
-from . import triton_quadratic_kernels as kernels
+from . import triton_quadratic_kernels
+from .fast_launch import FastKernels
 from .triton_launch import (
     DeviceLimits,
     Tiles,
+    ceil_div,
     device_limits,
     dot_precision,
     empty_rows_like,
@@ -23,6 +24,8 @@ from .triton_launch import (
 )
 
 __all__ = ['backward', 'empty_saved', 'forward', 'tile_candidates']
+
+kernels = FastKernels(triton_quadratic_kernels)
 
 STATS_PLANES = 7
 ROW_PLANES = 5
@@ -130,7 +133,7 @@ def forward(
     if q.numel() == 0:
         return h, (stats,)
     sign = int(reverse)
-    pitch = triton.cdiv(length, BLOCK)
+    pitch = ceil_div(length, BLOCK)
     plane = batch * heads * pitch
     kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, SPAN=SCAN_SPAN)
     alignment = row_alignment(q, k, v, h)
@@ -138,7 +141,7 @@ def forward(
     constants = _shared_constants(q, alignment)
 
     def launch(tiles: Tiles) -> object:
-        grid = (batch * heads * triton.cdiv(length, tiles.rows),)
+        grid = (batch * heads * ceil_div(length, tiles.rows),)
         return kernels.quadratic_forward_kernel[grid](
             q, k, v, h, stats, *strides, length, heads, pitch, plane, sign, log_scale(dim), eps, **constants,
             BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
@@ -184,7 +187,7 @@ def backward(
         return dq, dk, dv, digate, dfgate
     batch, heads, length, dim = q.shape
     sign = int(reverse)
-    pitch = triton.cdiv(length, BLOCK)
+    pitch = ceil_div(length, BLOCK)
     plane = batch * heads * pitch
     rows = stats.new_empty((ROW_PLANES, *stats.shape[1:]))
     alignment = row_alignment(q, k, v, h, dh, dq, dk, dv)
@@ -192,7 +195,7 @@ def backward(
     limits = device_limits(q.device)
 
     def launch_query(tiles: Tiles) -> object:
-        grid = (batch * heads * triton.cdiv(length, tiles.rows),)
+        grid = (batch * heads * ceil_div(length, tiles.rows),)
         return kernels.query_gradient_kernel[grid](
             k, v, h, dh, dq, stats, rows, *row_strides(alignment, k, v, h, dh, dq),
             length, heads, pitch, plane, sign, log_scale(dim), eps, **constants,
@@ -200,7 +203,7 @@ def backward(
         )  # fmt: skip
 
     def launch_key(with_k: bool, with_v: bool, tiles: Tiles) -> object:
-        grid = (batch * heads * triton.cdiv(length, tiles.rows),)
+        grid = (batch * heads * ceil_div(length, tiles.rows),)
         return kernels.key_gradient_kernel[grid](
             q, k, v, dh, dk, dv, stats, rows, *row_strides(alignment, q, k, v, dh, dk, dv),
             length, heads, pitch, plane, sign, log_scale(dim), WITH_K=with_k, WITH_V=with_v, **constants,

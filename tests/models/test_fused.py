@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmvil.models import ViLBlock, VisionLSTM
-from mmvil.models.fused import run_fused, why_not_fused
+from mmvil.models.fused import give_up_fused, run_fused, why_not_fused
+from mmvil.ops.flops import count_as
 from mmvil.ops.triton_launch import interpreting
 
 on_kernels = pytest.mark.skipif(
@@ -60,8 +62,10 @@ V1 = {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False, 'norm_
         (24, (3, 7), False, V1),
         (16, (5, 7), True, V1),
         (32, (1, 2), False, {'num_heads': 2, 'qkv_block_size': 8}),
+        (40, (9, 1), True, {'qkv_block_size': 16}),
+        (8, (5, 2), False, {'num_heads': 1, 'qkv_block_size': 1}),
     ],
-    ids=['2d', '2d-reverse', 'wide-no-bias', 'v1', 'v1-reverse', 'two-tokens'],
+    ids=['2d', '2d-reverse', 'wide-no-bias', 'v1', 'v1-reverse', 'two-tokens', 'one-column', 'narrow'],
 )
 def test_float32(dims: int, grid: tuple[int, int], reverse: bool, options: dict) -> None:
     torch.manual_seed(0)
@@ -70,16 +74,28 @@ def test_float32(dims: int, grid: tuple[int, int], reverse: bool, options: dict)
 
 
 @on_kernels
-def test_drop_path_scales_whole_images() -> None:
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+def test_float16(options: dict) -> None:
+    torch.manual_seed(0)
+    errors = compare(trained_like(ViLBlock(36, **options)), (3, 6), torch.float16)
+    del errors['layer.igate.bias']  # its terms nearly cancel
+    assert errors.pop('output') < 2e-3
+    assert all(error < 1e-2 for error in errors.values()), errors
+
+
+@on_kernels
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
+def test_drop_path_scales_whole_images(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     block = trained_like(ViLBlock(16, drop_path_rate=0.5)).to(DEVICE).train()
     x = torch.randn(8, 6, 16, device=DEVICE)
-    torch.manual_seed(3)
-    fused = run_fused(block, x, (2, 3))
-    torch.manual_seed(3)
-    factors = block.drop_path.factors(x)
-    block.drop_path.rate = 0.0
-    expected = x + factors.view(-1, 1, 1) * (run_fused(block, x, (2, 3)) - x)
+    with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+        torch.manual_seed(3)
+        fused = run_fused(block, x, (2, 3))
+        torch.manual_seed(3)
+        factors = block.drop_path.factors(x)
+        block.drop_path.rate = 0.0
+        expected = x + factors.view(-1, 1, 1) * (run_fused(block, x, (2, 3)) - x)
     assert set(factors.tolist()) == {0.0, 2.0}
     torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
 
@@ -87,7 +103,7 @@ def test_drop_path_scales_whole_images() -> None:
 def test_what_is_not_covered_says_so() -> None:
     x = torch.zeros(1, 4, 16)
     cases = {
-        'switched off': ViLBlock(16),
+        'switched off': ViLBlock(16, fused=False),
         'parallel': ViLBlock(16, mlstm_backend='parallel', fused=True),
         '3 x 3': ViLBlock(16, conv_kernel_size=5, fused=True),
         'power of two': ViLBlock(24, qkv_block_size=6, fused=True),
@@ -100,6 +116,32 @@ def test_what_is_not_covered_says_so() -> None:
     hooked = ViLBlock(16, fused=True)
     hooked.layer.register_forward_hook(lambda *_: None)
     assert 'hook' in why_not_fused(hooked, x)
+    changed = ViLBlock(16, fused=True)
+    changed.layer.proj_up = torch.nn.Sequential(changed.layer.proj_up)
+    assert 'Sequential has taken the place' in why_not_fused(changed, x)
+    patched = ViLBlock(16, fused=True)
+    patched.layer.forward = lambda x, grid: x
+    assert 'forward of a ViLLayer' in why_not_fused(patched, x)
+    hooked = ViLBlock(16, fused=True)
+    hooked.norm.register_full_backward_hook(lambda *_: None)
+    assert 'hook' in why_not_fused(hooked, x)
+    parametrised = ViLBlock(16, fused=True)
+    before = why_not_fused(parametrised, x)
+    torch.nn.utils.parametrizations.weight_norm(parametrised.layer.proj_down)
+    assert why_not_fused(parametrised, x) == before
+
+
+def test_what_cannot_be_built_is_given_up_and_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr('mmvil.models.fused._device_reasons', {('cpu', None, torch.float32): None})
+    block, x = ViLBlock(16, fused=True), torch.zeros(1, 4, 16)
+    assert why_not_fused(block, x) is None
+    with pytest.raises(ValueError, match='another'):
+        give_up_fused(x, ValueError('another'))
+    assert why_not_fused(block, x) is None
+    assert 'shared memory' in give_up_fused(x, OutOfResources(2, 1, 'shared memory'))
+    assert 'shared memory' in why_not_fused(block, x)
 
 
 @pytest.mark.gpu
@@ -153,6 +195,30 @@ def test_results_do_not_change_from_run_to_run() -> None:
         out.square().sum().backward()
         runs.append([out.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in block.parameters())])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@on_kernels
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+def test_flops_are_those_of_the_plain_modules(options: dict) -> None:
+    block = ViLBlock(32, mlstm_backend='triton', **options).to(DEVICE)
+    counts = []
+    for run in (lambda x: run_fused(block, x, (3, 4)), lambda x: x + block.layer(block.norm(x), (3, 4))):
+        x = torch.randn(2, 12, 32, device=DEVICE, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            out = run(x)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        counts.append([counter.get_flop_counts()['Global'] for counter in (forward, backward)])
+    (fused_forward, fused_backward), (forward, backward) = counts
+    assert sum(fused_forward.values()) == sum(forward.values())
+    backward[torch.ops.aten.convolution_backward] = 2 * forward[torch.ops.aten.convolution]  # torch's takes it as dense
+    assert sum(fused_backward.values()) == sum(backward.values())
+
+
+def test_plain_modules_are_what_is_counted() -> None:
+    block = ViLBlock(16)
+    with count_as('quadratic'):
+        assert 'counted' in why_not_fused(block, torch.zeros(1, 4, 16))
 
 
 @on_kernels

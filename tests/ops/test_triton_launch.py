@@ -6,12 +6,14 @@ import torch
 from mmvil.ops.triton_launch import (
     DeviceLimits,
     Tiles,
+    ceil_div,
     choose_form,
     dot_precision,
     empty_rows_like,
     fitting_tiles,
     head_pieces,
     launch_first_fitting,
+    next_power_of_two,
     row_alignment,
     row_strides,
     rows_contiguous,
@@ -44,6 +46,13 @@ def test_all_head_sizes_are_covered_by_powers_of_two() -> None:
         assert first + second >= dim
         assert first & (first - 1) == 0
         assert second & (second - 1) == 0
+
+
+def test_whole_numbers_are_rounded_up_as_by_triton() -> None:
+    import triton
+
+    assert all(ceil_div(a, b) == triton.cdiv(a, b) for a in range(200) for b in range(1, 40))
+    assert all(next_power_of_two(n) == triton.next_power_of_2(n) for n in range(1, 3000))
 
 
 def test_alignment_and_strides() -> None:

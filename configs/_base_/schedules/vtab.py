@@ -36,4 +36,4 @@ optim_wrapper = dict(
 param_scheduler = dict(type='mmvil.WarmupCosineLR', warmup=5, eta_min=0.0, by_epoch=True, convert_to_iter_based=True)
 
 # Without influence on the scores.
-runtime = dict(eval_batch_size=256, num_threads=8, memory_limit=32.0)
+runtime = dict(eval_batch_size=256, num_threads=8, memory_limit=32.0, cuda_graph=True)

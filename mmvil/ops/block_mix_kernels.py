@@ -1,0 +1,346 @@
+"""Device code between up-projection and mLSTM cell of a ViL block: convolution, SiLU, projections, gates in one pass.
+
+Names as in `block_kernels`. One program is one warp with 32 channels and eight *pairs* of neighbouring tokens, an even
+one and an odd one. It walks down the grid (or along the sequence) and keeps running sums of the convolution, so that
+each token is read about once. Each thread holds 8 adjacent channels of a pair, 16 bytes of a 16-bit type.
+
+The projections' blocks go through the matrix unit as block-diagonal matrices. A thread of it holds other columns than
+8 adjacent ones; since these columns may come in any order if the matrices' rows and columns are ordered likewise, no
+value ever changes its thread and nothing passes through shared memory. With channel = 8 t + 4 h + 2 m + l inside of a
+part, row 16 h + 4 t + 2 m + l and column 16 h + 8 m + 2 t + l stand for it: `prepare_kernel` writes the matrices so,
+and the permutations below are written for it; they change no result.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ['gates_kernel', 'mix1d_kernel', 'mix2d_kernel']
+
+WIDTH = tl.constexpr(32)
+MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+
+
+@triton.jit
+def _stack(even, odd, PAIRS: tl.constexpr):
+    """Two (PAIRS, 32) tiles above each other."""
+    return tl.reshape(tl.permute(tl.join(even, odd), (2, 0, 1)), (2 * PAIRS, WIDTH))
+
+
+@triton.jit
+def _unstack(x, PAIRS: tl.constexpr):
+    """The two tiles of `_stack`."""
+    return tl.split(tl.permute(tl.reshape(x, (2, PAIRS, WIDTH)), (1, 2, 0)))
+
+
+@triton.jit
+def _as_rows(x, BM: tl.constexpr):
+    """Columns of (BM, 32) in the order of the matrices' rows."""
+    return tl.reshape(tl.permute(tl.reshape(x, (BM, 4, 2, 4)), (0, 2, 1, 3)), (BM, WIDTH))
+
+
+@triton.jit
+def _halves(x, BM: tl.constexpr):
+    """The two halves of `_as_rows`, (BM, 16) each: blocks of up to four channels do not mix them."""
+    return tl.split(tl.reshape(tl.permute(tl.reshape(x, (BM, 4, 2, 4)), (0, 1, 3, 2)), (BM, WIDTH // 2, 2)))
+
+
+@triton.jit
+def _from_columns(x, BM: tl.constexpr):
+    """Columns of a product, in the order of channels."""
+    return tl.reshape(tl.permute(tl.reshape(x, (BM, 2, 2, 4, 2)), (0, 3, 1, 2, 4)), (BM, WIDTH))
+
+
+@triton.jit
+def _from_halves(low, high, BM: tl.constexpr):
+    """Like `_from_columns`, from the products of both halves."""
+    both = tl.reshape(tl.join(low, high), (BM, 2, 4, 2, 2))
+    return tl.reshape(tl.permute(both, (0, 2, 4, 1, 3)), (BM, WIDTH))
+
+
+@triton.jit
+def _silu(x):
+    """x * sigmoid(x); the square of a reciprocal root is faster than a division and as exact."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * MINUS_LOG2_E))
+    return x * (root * root)
+
+
+@triton.jit
+def _load_live(ptr, mask):
+    return tl.load(ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def _plus_bias(x, ptr, channel, E, EVEN: tl.constexpr):
+    """x + bias. Read as a full tile, so that it comes in x's layout."""
+    place = tl.broadcast_to(channel[None, :], x.shape)
+    bias = tl.load(ptr + place) if EVEN else tl.load(ptr + place, mask=place < E, other=0.0)
+    return x + bias.to(tl.float32)
+
+
+@triton.jit
+def _matrix(ptr, part, which: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """Rows and columns FIRST .. FIRST + SIZE of the matrix of Wq (0), Wk (1) or Wv (2)."""
+    i = FIRST + tl.arange(0, SIZE)
+    return tl.load(ptr + (part * 3 + which) * WIDTH * WIDTH + i[:, None] * WIDTH + i[None, :])
+
+
+@triton.jit
+def _matrices(ptr, part, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """`_matrix` of all three projections."""
+    return _matrix(ptr, part, 0, FIRST, SIZE), _matrix(ptr, part, 1, FIRST, SIZE), _matrix(ptr, part, 2, FIRST, SIZE)
+
+
+@triton.jit
+def _gate_matrix(ptr, part, which: tl.constexpr, BG: tl.constexpr):
+    """Map from c (0) or a (1) to the gates, (32, BG)."""
+    i, g = tl.arange(0, WIDTH), tl.arange(0, BG)
+    return tl.load(ptr + (part * 2 + which) * WIDTH * BG + i[:, None] * BG + g[None, :])
+
+
+@triton.jit
+def _project(
+    x, low, high, m, m_high, bias_ptr, channel, E,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """One projection of both tokens of the pairs."""
+    if SPLIT:
+        out_low = tl.dot(low, m, input_precision=PRECISION)
+        out_high = tl.dot(high, m_high, input_precision=PRECISION)
+        out = _from_halves(out_low, out_high, 2 * PAIRS)
+    else:
+        out = _from_columns(tl.dot(x, m, input_precision=PRECISION), 2 * PAIRS)
+    even, odd = _unstack(out, PAIRS)
+    if HAS_BIAS:
+        even = _plus_bias(even, bias_ptr, channel, E, EVEN)
+        odd = _plus_bias(odd, bias_ptr, channel, E, EVEN)
+    return even, odd
+
+
+@triton.jit
+def _put(ptr, place, E, even, odd, has_even, has_odd):
+    """Write both tokens of the pairs."""
+    dtype = ptr.dtype.element_ty
+    tl.store(ptr + place, even.to(dtype), mask=has_even)
+    tl.store(ptr + place + E, odd.to(dtype), mask=has_odd)
+
+
+@triton.jit
+def _emit(
+    pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, part, tokens, conv_b_ptr,
+    matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
+    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S."""
+    dtype = pre_ptr.dtype.element_ty
+    inside = (channel < E)[None, :] | EVEN
+    has_even, has_odd = live_even[:, None] & inside, live_odd[:, None] & inside
+    place = token[:, None] * E + channel[None, :]
+    pre_even = _plus_bias(pre_even, conv_b_ptr, channel, E, EVEN).to(dtype)
+    pre_odd = _plus_bias(pre_odd, conv_b_ptr, channel, E, EVEN).to(dtype)
+    _put(pre_ptr, place, E, pre_even, pre_odd, has_even, has_odd)
+    # c is that of the rounded value, which is all that the other kernels know
+    c_even, c_odd = _silu(pre_even.to(tl.float32)).to(dtype), _silu(pre_odd.to(tl.float32)).to(dtype)
+    c, a = _stack(c_even, c_odd, PAIRS), _stack(a_even, a_odd, PAIRS)
+    c_rows, a_rows = _as_rows(c, 2 * PAIRS), _as_rows(a, 2 * PAIRS)
+    c_low, c_high = _halves(c, 2 * PAIRS)
+    a_low, a_high = _halves(a, 2 * PAIRS)
+    mq, mk, mv = matrices
+    mq_high, mk_high, mv_high = matrices_high
+    q_even, q_odd = _project(
+        c_rows, c_low, c_high, mq, mq_high, bq_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
+    )
+    _put(q_ptr, place, E, q_even, q_odd, has_even, has_odd)
+    k_even, k_odd = _project(
+        c_rows, c_low, c_high, mk, mk_high, bk_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
+    )
+    _put(k_ptr, place, E, k_even, k_odd, has_even, has_odd)
+    v_even, v_odd = _project(
+        a_rows, a_low, a_high, mv, mv_high, bv_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
+    )
+    _put(v_ptr, place, E, v_even, v_odd, has_even, has_odd)
+    from_c, from_a = gate_matrices
+    gate = tl.dot(c_rows, from_c, input_precision=PRECISION)
+    gate = tl.dot(a_rows, from_a, gate, input_precision=PRECISION)
+    g = tl.arange(0, BG)
+    live = tl.reshape(tl.permute(tl.join(live_even, live_odd), (1, 0)), (2 * PAIRS,))
+    row = tl.reshape(tl.permute(tl.join(token, token + 1), (1, 0)), (2 * PAIRS,)) + part.to(tl.int64) * tokens
+    tl.store(gate_ptr + row[:, None] * GATES + g[None, :], gate, mask=live[:, None] & (g < GATES)[None, :])
+
+
+@triton.jit
+def _weight(w_ptr, channel, i: tl.constexpr, E, EVEN: tl.constexpr, PAIRS: tl.constexpr):
+    """Tap i as a tile (PAIRS, 32), so that it comes in the activations' layout."""
+    place = tl.broadcast_to(channel[None, :], (PAIRS, WIDTH))
+    if EVEN:
+        return tl.load(w_ptr + i * E + place)
+    return tl.load(w_ptr + i * E + place, mask=place < E, other=0.0)
+
+
+@triton.jit
+def _three(x0, x1, x2, w0, w1, w2, total):
+    """Total plus one row of a 3 x 3 convolution."""
+    return total + x0 * w0 + x1 * w1 + x2 * w2
+
+
+@triton.jit
+def _load_line(line, a_row, has0, has1, has2, has3):
+    """Tokens of a grid row at columns -1, 0, 1 and 2 relative to the pairs' first."""
+    return (
+        _load_live(line - a_row, has0),
+        _load_live(line, has1),
+        _load_live(line + a_row, has2),
+        _load_live(line + 2 * a_row, has3),
+    )
+
+
+@triton.jit(do_not_specialize=['B', 'S', 'GH', 'GW', 'ROWS', 'row_blocks', 'parts'])
+def mix2d_kernel(
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
+    bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, parts,
+    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates.
+
+    Shares are (parts, B * S, GATES).
+    A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Grid: strips * parts.
+    """
+    part = tl.program_id(0) % parts
+    strip = tl.program_id(0) // parts
+    channel = part * WIDTH + tl.arange(0, WIDTH)
+    pair = (strip // row_blocks) * PAIRS + tl.arange(0, PAIRS)
+    image_pairs = (GW + 1) // 2
+    batch, col = (pair // image_pairs).to(tl.int64), pair % image_pairs * 2
+    live = batch < B
+    live_odd = live & (col + 1 < GW)
+    inside = (channel < E)[None, :] | EVEN
+    has0, has1 = (live & (col > 0))[:, None] & inside, live[:, None] & inside
+    has2, has3 = live_odd[:, None] & inside, (live & (col + 2 < GW))[:, None] & inside
+    SIZE: tl.constexpr = WIDTH // 2 if SPLIT else WIDTH
+    matrices = _matrices(matrix_ptr, part, 0, SIZE)
+    matrices_high = matrices
+    if SPLIT:
+        matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
+    gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
+    w0 = _weight(conv_ptr, channel, 0, E, EVEN, PAIRS)
+    w1 = _weight(conv_ptr, channel, 1, E, EVEN, PAIRS)
+    w2 = _weight(conv_ptr, channel, 2, E, EVEN, PAIRS)
+    w3 = _weight(conv_ptr, channel, 3, E, EVEN, PAIRS)
+    w4 = _weight(conv_ptr, channel, 4, E, EVEN, PAIRS)
+    w5 = _weight(conv_ptr, channel, 5, E, EVEN, PAIRS)
+    w6 = _weight(conv_ptr, channel, 6, E, EVEN, PAIRS)
+    w7 = _weight(conv_ptr, channel, 7, E, EVEN, PAIRS)
+    w8 = _weight(conv_ptr, channel, 8, E, EVEN, PAIRS)
+    first_row = (strip % row_blocks) * ROWS
+    line = a_ptr + (batch * a_batch + (first_row - 1).to(tl.int64) * GW * a_row + col * a_row)[:, None]
+    line += channel[None, :]
+    above = first_row > 0
+    x0, x1, x2, x3 = _load_line(line, a_row, has0 & above, has1 & above, has2 & above, has3 & above)
+    x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+    sum_even, sum_odd = _three(x0, x1, x2, w0, w1, w2, 0.0), _three(x1, x2, x3, w0, w1, w2, 0.0)
+    line += GW * a_row
+    x0, a_even, a_odd, x3 = _load_line(line, a_row, has0, has1, has2, has3)
+    x0, x1, x2, x3 = x0.to(tl.float32), a_even.to(tl.float32), a_odd.to(tl.float32), x3.to(tl.float32)
+    sum_even, sum_odd = _three(x0, x1, x2, w3, w4, w5, sum_even), _three(x1, x2, x3, w3, w4, w5, sum_odd)
+    next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, 0.0), _three(x1, x2, x3, w0, w1, w2, 0.0)
+    line += GW * a_row
+    below = first_row + 1 < GH
+    n0, n1, n2, n3 = _load_line(line, a_row, has0 & below, has1 & below, has2 & below, has3 & below)
+    token = batch * S + first_row * GW + col
+    for step in range(tl.minimum(ROWS, GH - first_row)):
+        x0, x1, x2, x3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
+        new_even, new_odd = n1, n2
+        line += GW * a_row
+        below = first_row + step + 2 < GH
+        n0, n1, n2, n3 = _load_line(line, a_row, has0 & below, has1 & below, has2 & below, has3 & below)  # early
+        pre_even, pre_odd = _three(x0, x1, x2, w6, w7, w8, sum_even), _three(x1, x2, x3, w6, w7, w8, sum_odd)
+        sum_even, sum_odd = _three(x0, x1, x2, w3, w4, w5, next_even), _three(x1, x2, x3, w3, w4, w5, next_odd)
+        next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, 0.0), _three(x1, x2, x3, w0, w1, w2, 0.0)
+        _emit(
+            pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, part, B.to(tl.int64) * S, conv_b_ptr,
+            matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
+            GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+        )  # fmt: skip
+        a_even, a_odd = new_even, new_odd
+        token += GW
+
+
+@triton.jit
+def _load_five(line, a_row, t, inside, S):
+    """Tokens at places t .. t + 4."""
+    return (
+        _load_live(line, ((t >= 0) & (t < S))[:, None] & inside),
+        _load_live(line + a_row, ((t + 1 >= 0) & (t + 1 < S))[:, None] & inside),
+        _load_live(line + 2 * a_row, ((t + 2 >= 0) & (t + 2 < S))[:, None] & inside),
+        _load_live(line + 3 * a_row, ((t + 3 >= 0) & (t + 3 < S))[:, None] & inside),
+        _load_live(line + 4 * a_row, ((t + 4 >= 0) & (t + 4 < S))[:, None] & inside),
+    )
+
+
+@triton.jit(do_not_specialize=['B', 'S', 'ROWS', 'blocks', 'parts'])
+def mix1d_kernel(
+    a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
+    bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, ROWS, blocks, parts,
+    REVERSE: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs of tokens."""
+    part = tl.program_id(0) % parts
+    strip = tl.program_id(0) // parts
+    batch = (strip // blocks).to(tl.int64)
+    channel = part * WIDTH + tl.arange(0, WIDTH)
+    inside = (channel < E)[None, :] | EVEN
+    SIZE: tl.constexpr = WIDTH // 2 if SPLIT else WIDTH
+    matrices = _matrices(matrix_ptr, part, 0, SIZE)
+    matrices_high = matrices
+    if SPLIT:
+        matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
+    gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
+    w0 = _weight(conv_ptr, channel, 0, E, EVEN, PAIRS)
+    w1 = _weight(conv_ptr, channel, 1, E, EVEN, PAIRS)
+    w2 = _weight(conv_ptr, channel, 2, E, EVEN, PAIRS)
+    w3 = _weight(conv_ptr, channel, 3, E, EVEN, PAIRS)
+    FIRST: tl.constexpr = 0 if REVERSE else -3
+    t = (strip % blocks) * ROWS * PAIRS * 2 + tl.arange(0, PAIRS) * 2
+    line = a_ptr + (batch * a_batch + (t + FIRST).to(tl.int64) * a_row)[:, None] + channel[None, :]
+    n0, n1, n2, n3, n4 = _load_five(line, a_row, t + FIRST, inside, S)
+    for _ in range(tl.minimum(ROWS, tl.cdiv(S, 2 * PAIRS) - (strip % blocks) * ROWS)):
+        x0, x1, x2 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32)
+        x3, x4 = n3.to(tl.float32), n4.to(tl.float32)
+        if REVERSE:
+            a_even, a_odd = n0, n1
+        else:
+            a_even, a_odd = n3, n4
+        line += 2 * PAIRS * a_row
+        n0, n1, n2, n3, n4 = _load_five(line, a_row, t + FIRST + 2 * PAIRS, inside, S)  # ahead of their use
+        _emit(
+            x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3, x1 * w0 + x2 * w1 + x3 * w2 + x4 * w3, a_even, a_odd,
+            batch * S + t, t < S, t + 1 < S, channel, part, B.to(tl.int64) * S, conv_b_ptr, matrices, matrices_high,
+            bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
+            GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+        )  # fmt: skip
+        t += 2 * PAIRS
+
+
+@triton.jit(do_not_specialize=['B', 'S', 'parts', 'constant_parts'])
+def gates_kernel(
+    share_ptr, constant_ptr, bias_ptr, gates_ptr, B, S, parts, constant_parts,
+    HEADS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gates (2, B, NH, S): shares (parts, B * S, 2 NH), constants (parts, BG) and bias added up."""
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    g = tl.arange(0, BN)
+    tokens = B.to(tl.int64) * S
+    mask = (token < tokens)[:, None] & (g < 2 * HEADS)[None, :]
+    bias = tl.load(bias_ptr + g, mask=g < 2 * HEADS, other=0.0).to(tl.float32)
+    for part in range(constant_parts):
+        bias += tl.load(constant_ptr + part * BG + g, mask=g < 2 * HEADS, other=0.0)
+    total = tl.zeros((BT, BN), tl.float32) + bias[None, :]
+    share = share_ptr + token[:, None] * (2 * HEADS) + g[None, :]
+    for _ in range(parts):
+        total += tl.load(share, mask=mask, other=0.0)
+        share += tokens * 2 * HEADS
+    target = ((g // HEADS) * B * HEADS + g % HEADS).to(tl.int64)[None, :] * S
+    target += (token // S * HEADS * S + token % S)[:, None]
+    tl.store(gates_ptr + target, total, mask=mask)

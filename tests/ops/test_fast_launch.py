@@ -1,0 +1,98 @@
+"""Fast launches against Triton's own: what reaches the card, what is compiled, and when Triton is asked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvil.ops import triton_quadratic_kernels
+from mmvil.ops.fast_launch import FastKernel, FastKernels
+
+RECORDER = Path(__file__).with_name('launch_recorder.py')
+
+
+def record(*arguments: str) -> dict:
+    """Run the recorder outside of the interpreter."""
+    environment = {
+        **os.environ,
+        'TRITON_INTERPRET': '0',
+        'PYTHONPATH': os.pathsep.join([str(RECORDER.parents[2]), *sys.path]),
+    }
+    command = [sys.executable, str(RECORDER), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_reaches_the_card_is_what_triton_sends() -> None:
+    found = record()
+    assert found['fast'] == 'FastKernel'
+    assert len(found['pairs']) == 3 * 2 * 17
+    for fast, plain in found['pairs']:
+        assert fast == plain
+    # One entry for each compiled kernel that a direct launch is known for, per device; streams share them.
+    assert found['sizes'] == [11, 11, 22]
+    assert found['hooked'] == 2
+
+
+@pytest.mark.parametrize('version', ['3.2.0', '3.9.1', '4.0.0+git'])
+def test_unknown_triton_versions_launch_as_ever(version: str) -> None:
+    found = record(version)
+    assert found['fast'] == 'JITFunction'
+    assert all(fast == plain for fast, plain in found['pairs'])
+
+
+def test_other_attributes_of_a_module_are_given_as_they_are() -> None:
+    kernels = FastKernels(triton_quadratic_kernels)
+    assert kernels.tl is triton_quadratic_kernels.tl
+    with pytest.raises(AttributeError, match='no_such_kernel'):
+        _ = kernels.no_such_kernel
+
+
+@pytest.mark.gpu
+def test_results_and_caches_on_a_gpu() -> None:
+    kernels, scan = FastKernels(triton_quadratic_kernels), triton_quadratic_kernels.gate_scan_kernel
+    assert isinstance(kernels.gate_scan_kernel, FastKernel)
+    memory = torch.randn(2 * 4 * 320 + 1, device='cuda')
+    for offset, length in ((0, 64), (1, 64), (0, 50), (0, 1), (1, 300), (0, 300), (0, 64)):
+        igate, fgate = (memory[offset : offset + 8 * length] for _ in range(2))
+        pitch = -(-length // 64)
+        results = []
+        for kernel in (kernels.gate_scan_kernel, scan):
+            stats = torch.zeros(7, 8, 64 * pitch, device='cuda')
+            kernel[(8,)](igate, fgate, stats, length, pitch, 8 * pitch, 0, SPAN=256)
+            results.append(stats)
+        assert torch.equal(*results)
+    assert len(kernels.gate_scan_kernel._found) == 2  # aligned and not: no length compiles anything
+
+
+@pytest.mark.gpu
+def test_streams_graphs_and_wrong_devices() -> None:
+    kernel = FastKernels(triton_quadratic_kernels).gate_scan_kernel
+    igate, fgate = torch.randn(2, 4 * 64, device='cuda')
+
+    def launch(stats: torch.Tensor, gate: torch.Tensor = fgate) -> torch.Tensor:
+        kernel[(4,)](igate, gate, stats, 64, 1, 4, 0, SPAN=256)
+        return stats
+
+    expected = launch(torch.zeros(7, 4, 64, device='cuda'))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a launch on another stream would overtake this
+        stats = torch.zeros(7, 4, 64, device='cuda')
+        launch(stats)
+    stream.synchronize()
+    assert torch.equal(stats, expected)
+    graph, stats = torch.cuda.CUDAGraph(), torch.zeros(7, 4, 64, device='cuda')
+    with torch.cuda.graph(graph):
+        launch(stats)
+    assert not stats.any()
+    graph.replay()
+    assert torch.equal(stats, expected)
+    with pytest.raises(ValueError, match='cpu'):
+        launch(stats, fgate.cpu())
