@@ -11,7 +11,7 @@ over tokens are written per program, one row of partial sums each, and added up 
 import triton
 import triton.language as tl
 
-from .block_kernels import _block_matrix, _gate_matrix, _load_four, _load_shifted, _weigh3
+from .block_kernels import _block_matrix, _copy, _gate_matrix, _load_four, _load_shifted, _weigh3
 from .triton_launch import interpreting
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     'conv2d_backward_kernel',
     'fast_sigmoid',
     'finish_kernel',
-    'gate_map_kernel',
     'mix_backward_kernel',
+    'prepare_backward_kernel',
     'query_kernel',
     'sum_kernel',
     'value_backward_kernel',
@@ -94,12 +94,11 @@ def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constex
 
 
 @triton.jit
-def gate_map_kernel(
-    wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E,
+def _map_gates(
+    part, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E,
     QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """(2, E, BG): the gates as linear maps of c and of a, through q, k and v."""
-    part = tl.program_id(0)
+    """Rows of one block of BC channels in both maps of `prepare_backward_kernel`."""
     channel = part * BC + tl.arange(0, BC)
     place = channel[:, None] * BG + tl.arange(0, BG)[None, :]
     inside = (channel < E)[:, None]
@@ -113,6 +112,23 @@ def gate_map_kernel(
     ga = tl.dot(mv, gv, input_precision='tf32x3')
     tl.store(map_ptr + place, gc.to(map_ptr.dtype.element_ty), mask=inside)
     tl.store(map_ptr + E * BG + place, ga.to(map_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def prepare_backward_kernel(
+    wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size, down_size, parts, E,
+    QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gates as linear maps of c and of a, through q, k and v: (2, E, BG); and copies in the activations' dtype.
+
+    Program i < parts does block i of BC channels, the others copy the outer projections' weights.
+    """
+    program = tl.program_id(0)
+    if program < parts:
+        _map_gates(program, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E, QB, HEADS, BC, BG)
+    else:
+        _copy(up_ptr, up_copy_ptr, (program - parts) * BLOCK, up_size, BLOCK)
+        _copy(down_ptr, down_copy_ptr, (program - parts) * BLOCK, down_size, BLOCK)
 
 
 @triton.jit(do_not_specialize=['N', 'steps'])
