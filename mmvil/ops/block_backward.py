@@ -29,6 +29,8 @@ MAX_STRIP_ROWS = 32
 # norm and the branch, whose partial sums are narrow and cost more to add up. From times on one H100.
 ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512, 1, 3, 8)}
 FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
+# IEEE float32 products run on the plain cores, with more registers for an operand.
+FLOAT_TILES = {**FLAT_TILES, 'mix': (16, 16, 2, 3, 4), 'value': (16, 16, 2, 2, 8)}
 CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
 CONV_REGISTERS = 168
 SUM_TILE = (128, 32, 8)
@@ -114,6 +116,7 @@ class _Backward:
         self.u = u.view(self.count, 2 * shape.inner)
         self.a, self.z = self.u.chunk(2, 1)
         self.taps = weights['conv_w'].flatten(1).shape[1]
+        self.flat_tiles = FLOAT_TILES if u.dtype == torch.float32 else FLAT_TILES
         self.processors = device_limits(u.device).multiprocessors
         self.branch = self._by_rows('branch', dims)
         self.norm = self._by_rows('norm', dims)
@@ -144,7 +147,7 @@ class _Backward:
 
     def _flat(self, name: str) -> tuple[int, int]:
         """Steps and programs of a kernel on tiles of tokens and channels."""
-        height, most, *_, held = FLAT_TILES[name]
+        height, most, *_, held = self.flat_tiles[name]
         parts = self._parts(_channels(self.shape, most))
         return _steps(self.count, height, max(1, held * self.processors // parts))
 
@@ -171,7 +174,7 @@ class _Backward:
     def queries(self, pre: Tensor) -> Tensor:
         """q (N, E)."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = FLAT_TILES['query']
+        height, most, warps, stages, _ = self.flat_tiles['query']
         channels = _channels(shape, most)
         steps, programs = self._flat('query')
         q = torch.empty_like(pre)
@@ -218,7 +221,7 @@ class _Backward:
     ) -> Tensor:
         """Gradient of `pre`, in the memory of dc."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = FLAT_TILES['mix']
+        height, most, warps, stages, _ = self.flat_tiles['mix']
         channels = _channels(shape, most)
         steps, programs = self.mix
         kernels.mix_backward_kernel[(self._parts(channels), programs)](
@@ -232,7 +235,7 @@ class _Backward:
     def value_gradient(self, dv: Tensor, dgates: Sequence[Tensor], maps: Tensor, da: Tensor) -> None:
         """Write what comes to a through v and the gates."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = FLAT_TILES['value']
+        height, most, warps, stages, _ = self.flat_tiles['value']
         channels = _channels(shape, most)
         steps, programs = self.value
         kernels.value_backward_kernel[(self._parts(channels), programs)](

@@ -89,7 +89,7 @@ def test_backward_programs_that_take_many_tiles(monkeypatch: pytest.MonkeyPatch,
     from mmvil.ops import block_backward
 
     torch.manual_seed(0)
-    for table in ('ROW_TILES', 'FLAT_TILES'):
+    for table in ('ROW_TILES', 'FLAT_TILES', 'FLOAT_TILES'):
         fewest = {name: (*tile[:-1], 0) for name, tile in getattr(block_backward, table).items()}
         monkeypatch.setattr(block_backward, table, fewest)
     monkeypatch.setattr(block_backward, 'CONV_TILE', (*block_backward.CONV_TILE[:-1], 0))
