@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ['Stopwatch', 'copy_rate', 'environment', 'graphed', 'matmul_rate', 'table', 'write_json']
+__all__ = ['Stopwatch', 'commit', 'copy_rate', 'environment', 'graphed', 'matmul_rate', 'table', 'write_json']
 
 FLUSH_BYTES = 512 * 2**20
 
@@ -96,12 +96,12 @@ def matmul_rate(stopwatch: Stopwatch) -> float:
     return 2 * size**3 / stopwatch(lambda: a @ b)['median'] * 1e6
 
 
-def environment() -> dict[str, object]:
-    """Facts that a measurement is worth nothing without: device, versions, commit, date."""
-    import triton
-
+def commit() -> str | None:
+    """Commit of this checkout: MMVIL_COMMIT where it is set, for copies without a repository, else what git says."""
+    if 'MMVIL_COMMIT' in os.environ:
+        return os.environ['MMVIL_COMMIT']
     try:
-        commit = subprocess.run(
+        return subprocess.run(
             ['git', 'rev-parse', '--short', 'HEAD'],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -109,7 +109,13 @@ def environment() -> dict[str, object]:
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = None
+        return None
+
+
+def environment() -> dict[str, object]:
+    """Facts that a measurement is worth nothing without: device, versions, commit, date."""
+    import triton
+
     return {
         'device': torch.cuda.get_device_name(),
         'capability': '.'.join(str(x) for x in torch.cuda.get_device_capability()),
@@ -117,7 +123,7 @@ def environment() -> dict[str, object]:
         'cuda': torch.version.cuda,
         'triton': triton.__version__,
         'python': platform.python_version(),
-        'commit': os.environ.get('MMVIL_COMMIT', commit),
+        'commit': commit(),
         'date': datetime.now(timezone.utc).date().isoformat(),
     }
 

@@ -13,6 +13,7 @@ from ..ops import mlstm
 from ..ops.mlstm import AUTOCAST_DEVICES, BACKENDS
 from .fused import give_up_fused, run_fused, say_once, why_not_fused
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
+from .streamed import can_stream, run_streamed
 
 __all__ = ['ViLBlock', 'ViLLayer']
 
@@ -119,13 +120,22 @@ class ViLLayer(BaseModule):
         values, gate = self.proj_up(x).chunk(2, dim=-1)
         keys = F.silu(values if self.conv is None else self.conv(values, grid))
         q, k, v = self.q_proj(keys), self.k_proj(keys), self.v_proj(values)
-        input_gate, forget_gate = self._gates(q, k, v)
+        input_gate, forget_gate = self.gates(q, k, v)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         h = mlstm(q, k, v, input_gate, forget_gate, reverse=self.reverse, backend=self.mlstm_backend)
         return self.proj_down((self.head_norm(h) + self.skip * keys) * F.silu(gate))
 
-    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gate pre-activations, (B, NH, S) each, in at least float32 also under autocast."""
+    def gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gates' pre-activations, in at least float32 also under autocast.
+
+        Args:
+            q: Queries of all heads, (B, S, E).
+            k: Keys, like q.
+            v: Values, like q.
+
+        Returns:
+            Input and forget gates, (B, NH, S) each.
+        """
         device_type = q.device.type
         has_autocast = device_type in AUTOCAST_DEVICES
         without_autocast = torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
@@ -184,6 +194,9 @@ class ViLBlock(BaseModule):
                 except Exception as error:
                     reason = give_up_fused(x, error)
             say_once(reason)
+        if can_stream(self, x):
+            _check_tokens(x, grid, self.layer.embed_dims)
+            return run_streamed(self, x, grid)
         return x + self.drop_path(self.layer(self.norm(x), grid))
 
 

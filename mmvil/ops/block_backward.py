@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-import triton
 from torch import Tensor
 
 from . import block_backward_kernels, block_backward_norm_kernels
 from .block import NORM_EPS, BlockShape
 from .fast_launch import FastKernels
-from .triton_launch import device_limits, dot_precision
+from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
 __all__ = ['block_backward']
 
@@ -39,25 +38,25 @@ COPY_BLOCK = 4096
 
 def _walk(shape: BlockShape) -> tuple[int, int]:
     """Rows and columns that strips are cut from."""
-    return shape.grid if shape.two_dimensional else (triton.cdiv(shape.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
+    return shape.grid if shape.two_dimensional else (ceil_div(shape.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
 
 
 def _strips(shape: BlockShape) -> tuple[int, int, int]:
     """Rows of a strip, strips above each other, strips in all."""
     rows, width = _walk(shape)
     height = min(rows, MAX_STRIP_ROWS)
-    row_blocks = triton.cdiv(rows, height)
-    return height, row_blocks, row_blocks * triton.cdiv(width, STRIP_COLUMNS)
+    row_blocks = ceil_div(rows, height)
+    return height, row_blocks, row_blocks * ceil_div(width, STRIP_COLUMNS)
 
 
 def _channels(shape: BlockShape, most: int) -> int:
     """Channels of a tile: a power of two that holds whole blocks."""
-    return max(16, min(most, triton.next_power_of_2(shape.inner)))
+    return max(16, min(most, next_power_of_two(shape.inner)))
 
 
 def _gate_columns(shape: BlockShape) -> int:
     """Columns of a tile of gates."""
-    return max(16, triton.next_power_of_2(2 * shape.heads))
+    return max(16, next_power_of_two(2 * shape.heads))
 
 
 def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
@@ -84,7 +83,7 @@ class _Sums:
         height, width, warps = SUM_TILE
         rows, widths = zip(*self.sizes, strict=True)
         totals = self.buffer.new_empty(sum(widths))
-        kernels.sum_kernel[(sum(triton.cdiv(x, width) for x in widths),)](
+        kernels.sum_kernel[(sum(ceil_div(x, width) for x in widths),)](
             self.buffer, totals, *rows, *widths, BM=height, BC=width, num_warps=warps
         )
         return totals
@@ -92,13 +91,13 @@ class _Sums:
 
 def _steps(tokens: int, height: int, programs: int) -> tuple[int, int]:
     """Tiles that a program walks, and programs, so that there are about as many as wanted."""
-    steps = max(1, triton.cdiv(tokens, height * programs))
-    return steps, triton.cdiv(tokens, height * steps)
+    steps = max(1, ceil_div(tokens, height * programs))
+    return steps, ceil_div(tokens, height * steps)
 
 
 def _row_tile(name: str, dims: int) -> tuple[int, int]:
     """Rows and columns of a tile that holds whole rows of `dims` elements."""
-    width = triton.next_power_of_2(dims)
+    width = next_power_of_two(dims)
     return max(1, ROW_TILES[name][0] // width), width
 
 
@@ -139,7 +138,7 @@ class _Backward:
         )
 
     def _parts(self, channels: int) -> int:
-        return triton.cdiv(self.shape.inner, channels)
+        return ceil_div(self.shape.inner, channels)
 
     def _by_rows(self, name: str, dims: int, columns: int = 1) -> tuple[int, int]:
         """Steps and programs of a kernel on tiles of whole rows, `columns` of which lie beside each other."""
@@ -156,8 +155,8 @@ class _Backward:
         batch, (most, _, held) = self.shape.batch, CONV_TILE
         parts = self._parts(_channels(self.shape, most))
         groups = max(1, min(batch, held * self.processors // (parts * _strips(self.shape)[2])))
-        images = triton.cdiv(batch, groups)
-        return triton.cdiv(batch, images), images
+        images = ceil_div(batch, groups)
+        return ceil_div(batch, images), images
 
     def branch_gradient(self, dout: Tensor, scale: Tensor | None) -> Tensor:
         """Gradient of the branch (N, D) in the activations' type."""

@@ -6,36 +6,18 @@ Names, all in the kernels' own units (a token is one row of S, a channel one col
     conv     (E, taps)       depthwise weights, already turned for the reading direction
     pre, c   (B, S, E)       conv(a) + bias, and SiLU of that; pre is what is stored
     q, k, v  (B, S, E)       block-diagonal projections of c, c and a; blocks of QB x QB
-    gate     (parts, 2, B, NH, S)   partial sums of the input and forget gates, one part per block of BC channels
+    gate     (parts, B, S, 2 NH)  partial sums of the input and forget gates, one part per block of 32 channels
 
-Tokens are walked in strips: a strip is BW columns of the grid by ROWS rows. A causal 1-D convolution walks the sequence
-as rows of GW = BW tokens. Sums over tokens are written per program and added up outside, so results do not depend on
-the order in which programs run. Source: Vision-LSTM (arXiv 2406.04303) section 3, with the gates as linear maps of c
-and a, since q, k and v are linear in these.
+The convolution's backward kernels walk tokens in strips: a strip is BW columns of the grid by ROWS rows. A causal 1-D
+convolution walks the sequence as rows of GW = BW tokens. Sums over tokens are written per program and added up outside,
+so results do not depend on the order in which programs run. Source: Vision-LSTM (arXiv 2406.04303) section 3, with the
+gates as linear maps of c and a, since q, k and v are linear in these.
 """
 
 import triton
 import triton.language as tl
 
 __all__ = ['prepare_kernel']
-
-
-@triton.jit
-def _token(row, col, GW, S, GH):
-    """Place of grid cell (row, col) in the sequence, and whether there is one."""
-    t = row * GW + col
-    return t, (row >= 0) & (row < GH) & (col >= 0) & (col < GW) & (t < S)
-
-
-@triton.jit
-def _load_cell(ptr, stride, row, col, channel, GW, S, GH, E):
-    """Tile (BW, BC) of a token-major tensor at grid cells (row, col), zero outside of the grid."""
-    t, valid = _token(row, col, GW, S, GH)
-    return tl.load(
-        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :],
-        mask=valid[:, None] & (channel < E)[None, :],
-        other=0.0,
-    )
 
 
 @triton.jit
@@ -47,15 +29,6 @@ def _load_shifted(ptr, stride, t, channel, S, E):
         mask=valid[:, None] & (channel < E)[None, :],
         other=0.0,
     )
-
-
-@triton.jit
-def _load_row(ptr, stride, row, col, channel, GW, S, GH, E):
-    """Tiles of a grid row at columns col - 1, col and col + 1."""
-    left = _load_cell(ptr, stride, row, col - 1, channel, GW, S, GH, E)
-    middle = _load_cell(ptr, stride, row, col, channel, GW, S, GH, E)
-    right = _load_cell(ptr, stride, row, col + 1, channel, GW, S, GH, E)
-    return left, middle, right
 
 
 @triton.jit

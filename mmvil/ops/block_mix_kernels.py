@@ -70,11 +70,11 @@ def _load_live(ptr, mask):
 
 
 @triton.jit
-def _plus_bias(x, ptr, channel, E, EVEN: tl.constexpr):
-    """x + bias. Read as a full tile, so that it comes in x's layout."""
-    place = tl.broadcast_to(channel[None, :], x.shape)
-    bias = tl.load(ptr + place) if EVEN else tl.load(ptr + place, mask=place < E, other=0.0)
-    return x + bias.to(tl.float32)
+def _per_channel(ptr, channel, E, EVEN: tl.constexpr, PAIRS: tl.constexpr):
+    """One number per channel as a tile (PAIRS, 32), so that it comes in the activations' layout."""
+    place = tl.broadcast_to(channel[None, :], (PAIRS, WIDTH))
+    number = tl.load(ptr + place) if EVEN else tl.load(ptr + place, mask=place < E, other=0.0)
+    return number.to(tl.float32)
 
 
 @triton.jit
@@ -111,8 +111,8 @@ def _project(
         out = _from_columns(tl.dot(x, m, input_precision=PRECISION), 2 * PAIRS)
     even, odd = _unstack(out, PAIRS)
     if HAS_BIAS:
-        even = _plus_bias(even, bias_ptr, channel, E, EVEN)
-        odd = _plus_bias(odd, bias_ptr, channel, E, EVEN)
+        bias = _per_channel(bias_ptr, channel, E, EVEN, PAIRS)
+        even, odd = even + bias, odd + bias
     return even, odd
 
 
@@ -126,7 +126,7 @@ def _put(ptr, place, E, even, odd, has_even, has_odd):
 
 @triton.jit
 def _emit(
-    pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, part, tokens, conv_b_ptr,
+    pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, part, tokens,
     matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
     GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
@@ -136,8 +136,7 @@ def _emit(
     inside = (channel < E)[None, :] | EVEN
     has_even, has_odd = live_even[:, None] & inside, live_odd[:, None] & inside
     place = token[:, None] * E + channel[None, :]
-    pre_even = _plus_bias(pre_even, conv_b_ptr, channel, E, EVEN).to(dtype)
-    pre_odd = _plus_bias(pre_odd, conv_b_ptr, channel, E, EVEN).to(dtype)
+    pre_even, pre_odd = pre_even.to(dtype), pre_odd.to(dtype)
     _put(pre_ptr, place, E, pre_even, pre_odd, has_even, has_odd)
     # c is that of the rounded value, which is all that the other kernels know
     c_even, c_odd = _silu(pre_even.to(tl.float32)).to(dtype), _silu(pre_odd.to(tl.float32)).to(dtype)
@@ -166,15 +165,6 @@ def _emit(
     live = tl.reshape(tl.permute(tl.join(live_even, live_odd), (1, 0)), (2 * PAIRS,))
     row = tl.reshape(tl.permute(tl.join(token, token + 1), (1, 0)), (2 * PAIRS,)) + part.to(tl.int64) * tokens
     tl.store(gate_ptr + row[:, None] * GATES + g[None, :], gate, mask=live[:, None] & (g < GATES)[None, :])
-
-
-@triton.jit
-def _weight(w_ptr, channel, i: tl.constexpr, E, EVEN: tl.constexpr, PAIRS: tl.constexpr):
-    """Tap i as a tile (PAIRS, 32), so that it comes in the activations' layout."""
-    place = tl.broadcast_to(channel[None, :], (PAIRS, WIDTH))
-    if EVEN:
-        return tl.load(w_ptr + i * E + place)
-    return tl.load(w_ptr + i * E + place, mask=place < E, other=0.0)
 
 
 @triton.jit
@@ -223,27 +213,28 @@ def mix2d_kernel(
     if SPLIT:
         matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
     gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
-    w0 = _weight(conv_ptr, channel, 0, E, EVEN, PAIRS)
-    w1 = _weight(conv_ptr, channel, 1, E, EVEN, PAIRS)
-    w2 = _weight(conv_ptr, channel, 2, E, EVEN, PAIRS)
-    w3 = _weight(conv_ptr, channel, 3, E, EVEN, PAIRS)
-    w4 = _weight(conv_ptr, channel, 4, E, EVEN, PAIRS)
-    w5 = _weight(conv_ptr, channel, 5, E, EVEN, PAIRS)
-    w6 = _weight(conv_ptr, channel, 6, E, EVEN, PAIRS)
-    w7 = _weight(conv_ptr, channel, 7, E, EVEN, PAIRS)
-    w8 = _weight(conv_ptr, channel, 8, E, EVEN, PAIRS)
+    w0 = _per_channel(conv_ptr, channel, E, EVEN, PAIRS)
+    w1 = _per_channel(conv_ptr + E, channel, E, EVEN, PAIRS)
+    w2 = _per_channel(conv_ptr + 2 * E, channel, E, EVEN, PAIRS)
+    w3 = _per_channel(conv_ptr + 3 * E, channel, E, EVEN, PAIRS)
+    w4 = _per_channel(conv_ptr + 4 * E, channel, E, EVEN, PAIRS)
+    w5 = _per_channel(conv_ptr + 5 * E, channel, E, EVEN, PAIRS)
+    w6 = _per_channel(conv_ptr + 6 * E, channel, E, EVEN, PAIRS)
+    w7 = _per_channel(conv_ptr + 7 * E, channel, E, EVEN, PAIRS)
+    w8 = _per_channel(conv_ptr + 8 * E, channel, E, EVEN, PAIRS)
     first_row = (strip % row_blocks) * ROWS
     line = a_ptr + (batch * a_batch + (first_row - 1).to(tl.int64) * GW * a_row + col * a_row)[:, None]
     line += channel[None, :]
     above = first_row > 0
     x0, x1, x2, x3 = _load_line(line, a_row, has0 & above, has1 & above, has2 & above, has3 & above)
     x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
-    sum_even, sum_odd = _three(x0, x1, x2, w0, w1, w2, 0.0), _three(x1, x2, x3, w0, w1, w2, 0.0)
+    bias = _per_channel(conv_b_ptr, channel, E, EVEN, PAIRS)
+    sum_even, sum_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
     line += GW * a_row
     x0, a_even, a_odd, x3 = _load_line(line, a_row, has0, has1, has2, has3)
     x0, x1, x2, x3 = x0.to(tl.float32), a_even.to(tl.float32), a_odd.to(tl.float32), x3.to(tl.float32)
     sum_even, sum_odd = _three(x0, x1, x2, w3, w4, w5, sum_even), _three(x1, x2, x3, w3, w4, w5, sum_odd)
-    next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, 0.0), _three(x1, x2, x3, w0, w1, w2, 0.0)
+    next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
     line += GW * a_row
     below = first_row + 1 < GH
     n0, n1, n2, n3 = _load_line(line, a_row, has0 & below, has1 & below, has2 & below, has3 & below)
@@ -256,9 +247,10 @@ def mix2d_kernel(
         n0, n1, n2, n3 = _load_line(line, a_row, has0 & below, has1 & below, has2 & below, has3 & below)  # early
         pre_even, pre_odd = _three(x0, x1, x2, w6, w7, w8, sum_even), _three(x1, x2, x3, w6, w7, w8, sum_odd)
         sum_even, sum_odd = _three(x0, x1, x2, w3, w4, w5, next_even), _three(x1, x2, x3, w3, w4, w5, next_odd)
-        next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, 0.0), _three(x1, x2, x3, w0, w1, w2, 0.0)
+        bias = _per_channel(conv_b_ptr, channel, E, EVEN, PAIRS)  # again: registers are scarce
+        next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
         _emit(
-            pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, part, B.to(tl.int64) * S, conv_b_ptr,
+            pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, part, B.to(tl.int64) * S,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
             GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
@@ -297,10 +289,10 @@ def mix1d_kernel(
     if SPLIT:
         matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
     gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
-    w0 = _weight(conv_ptr, channel, 0, E, EVEN, PAIRS)
-    w1 = _weight(conv_ptr, channel, 1, E, EVEN, PAIRS)
-    w2 = _weight(conv_ptr, channel, 2, E, EVEN, PAIRS)
-    w3 = _weight(conv_ptr, channel, 3, E, EVEN, PAIRS)
+    w0 = _per_channel(conv_ptr, channel, E, EVEN, PAIRS)
+    w1 = _per_channel(conv_ptr + E, channel, E, EVEN, PAIRS)
+    w2 = _per_channel(conv_ptr + 2 * E, channel, E, EVEN, PAIRS)
+    w3 = _per_channel(conv_ptr + 3 * E, channel, E, EVEN, PAIRS)
     FIRST: tl.constexpr = 0 if REVERSE else -3
     t = (strip % blocks) * ROWS * PAIRS * 2 + tl.arange(0, PAIRS) * 2
     line = a_ptr + (batch * a_batch + (t + FIRST).to(tl.int64) * a_row)[:, None] + channel[None, :]
@@ -313,11 +305,13 @@ def mix1d_kernel(
         else:
             a_even, a_odd = n3, n4
         line += 2 * PAIRS * a_row
+        bias = _per_channel(conv_b_ptr, channel, E, EVEN, PAIRS)
         n0, n1, n2, n3, n4 = _load_five(line, a_row, t + FIRST + 2 * PAIRS, inside, S)  # ahead of their use
+        pre_even = _three(x0, x1, x2, w0, w1, w2, bias) + x3 * w3
+        pre_odd = _three(x1, x2, x3, w0, w1, w2, bias) + x4 * w3
         _emit(
-            x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3, x1 * w0 + x2 * w1 + x3 * w2 + x4 * w3, a_even, a_odd,
-            batch * S + t, t < S, t + 1 < S, channel, part, B.to(tl.int64) * S, conv_b_ptr, matrices, matrices_high,
-            bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
+            pre_even, pre_odd, a_even, a_odd, batch * S + t, t < S, t + 1 < S, channel, part, B.to(tl.int64) * S,
+            matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
             GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         t += 2 * PAIRS
@@ -326,21 +320,27 @@ def mix1d_kernel(
 @triton.jit(do_not_specialize=['B', 'S', 'parts', 'constant_parts'])
 def gates_kernel(
     share_ptr, constant_ptr, bias_ptr, gates_ptr, B, S, parts, constant_parts,
-    HEADS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    HEADS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gates (2, B, NH, S): shares (parts, B * S, 2 NH), constants (parts, BG) and bias added up."""
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    """Gates (2, B, NH, S): shares (parts, B * S, 2 NH), constants (parts, BG) and bias added up, BP parts at a time."""
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    image, place = (token // S).to(tl.int64), token % S
+    token = token.to(tl.int64)
     g = tl.arange(0, BN)
+    p = tl.arange(0, BP)
     tokens = B.to(tl.int64) * S
-    mask = (token < tokens)[:, None] & (g < 2 * HEADS)[None, :]
-    bias = tl.load(bias_ptr + g, mask=g < 2 * HEADS, other=0.0).to(tl.float32)
-    for part in range(constant_parts):
-        bias += tl.load(constant_ptr + part * BG + g, mask=g < 2 * HEADS, other=0.0)
+    is_gate = g < 2 * HEADS
+    mask = (token < tokens)[:, None] & is_gate[None, :]
+    bias = tl.load(bias_ptr + g, mask=is_gate, other=0.0).to(tl.float32)
+    for start in range(0, constant_parts, BP):
+        has = (start + p < constant_parts)[:, None] & is_gate[None, :]
+        bias += tl.sum(tl.load(constant_ptr + (start + p)[:, None] * BG + g[None, :], mask=has, other=0.0), 0)
     total = tl.zeros((BT, BN), tl.float32) + bias[None, :]
-    share = share_ptr + token[:, None] * (2 * HEADS) + g[None, :]
-    for _ in range(parts):
-        total += tl.load(share, mask=mask, other=0.0)
-        share += tokens * 2 * HEADS
+    share = share_ptr + (token[:, None, None] + p[None, :, None] * tokens) * (2 * HEADS) + g[None, None, :]
+    for start in range(0, parts, BP):
+        has = mask[:, None, :] & (start + p < parts)[None, :, None]
+        total += tl.sum(tl.load(share, mask=has, other=0.0), 1)
+        share += BP * tokens * (2 * HEADS)
     target = ((g // HEADS) * B * HEADS + g % HEADS).to(tl.int64)[None, :] * S
-    target += (token // S * HEADS * S + token % S)[:, None]
+    target += (image * HEADS * S + place)[:, None]
     tl.store(gates_ptr + target, total, mask=mask)

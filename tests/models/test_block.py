@@ -171,7 +171,7 @@ def test_autocast_computes_gates_in_float32() -> None:
     randomise(layer)
     joined = torch.randn(1, 12, 32).bfloat16()
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        gates = layer._gates(joined, joined, joined)
+        gates = layer.gates(joined, joined, joined)
         assert layer(torch.randn(1, 12, 16), GRID).dtype == torch.bfloat16
     wide = torch.cat([joined] * 3, -1).float()
     assert torch.equal(gates[0], layer.igate(wide).transpose(1, 2))

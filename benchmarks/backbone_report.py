@@ -1,0 +1,149 @@
+"""What `bench_backbone.py` makes of its figures: the floor, ratios to DeiT, shares, the plot. Needs no device."""
+
+from pathlib import Path
+
+from mmvil.ops.flops import mlstm_flops
+
+__all__ = ['COLUMNS', 'add_ratios', 'block_floor', 'draw', 'known_bytes']
+
+HEADS, EXPAND, CHUNK = 4, 2, 64
+# Bytes and FLOPs of a block's parts for one image, bfloat16: (name, bytes / (S D), FLOPs / (S D^2)).
+FORWARD_PARTS = (('norm', 4, 0), ('up', 10, 8), ('conv and gates', 8, 0), ('down', 8, 4))
+CELL_BYTES, BACKWARD_BYTES = 16, 88
+BACKWARD_PRODUCTS, BACKWARD_CELL = 2, 2.5
+
+# Bytes that a kernel has to move for one block, in units of S D: residual stream float32, E = 2 D, all else bfloat16.
+KERNEL_BYTES = {
+    'layer_norm_kernel': 4 + 2,
+    'mix_kernel': 4 + 4 * 4,
+    'output_kernel': 4 * 4,
+    'quadratic_forward_kernel': 4 * 4,
+}
+COLUMNS = [
+    'size', 'pixels', 'images', 'model', 'forward', 'forward_compiled', 'forward_graph', 'train', 'train_compiled',
+    'train_graph', 'forward/deit', 'train/deit', 'memory/deit', 'forward_of_floor', 'train_of_floor', 'train_GiB',
+    'latency_ms', 'latency_graph_ms', 'error',
+]  # fmt: skip
+COLOURS = {'deit': '#6b7280', 'fused': '#2563eb', 'plain': '#db2777', 'parallel': '#ea580c'}
+MARKERS = {'tiny': 'o', 'small': 's', 'base': '^'}
+
+
+def block_floor(tokens: int, dims: int, rates: dict[str, float]) -> dict[str, float]:
+    """Seconds below which no implementation of one block can be for one image.
+
+    Args:
+        tokens: S.
+        dims: D.
+        rates: 'copy_bytes_per_second' and 'matmul_flop_per_second' of the device.
+
+    Returns:
+        'forward' and 'train' (forward and backward).
+    """
+
+    def seconds(size: float, work: float) -> float:
+        return max(size / rates['copy_bytes_per_second'], work / rates['matmul_flop_per_second'])
+
+    plane, square = tokens * dims, tokens * dims**2
+    shape = (1, HEADS, tokens, EXPAND * dims // HEADS)
+    cell = min(mlstm_flops(shape, form, CHUNK) for form in ('quadratic', 'chunkwise'))
+    forward = seconds(CELL_BYTES * plane, cell)
+    forward += sum(seconds(size * plane, work * square) for _, size, work in FORWARD_PARTS)
+    products = sum(work for _, _, work in FORWARD_PARTS) * square
+    backward = seconds(BACKWARD_BYTES * plane, BACKWARD_PRODUCTS * products + BACKWARD_CELL * cell)
+    return {'forward': forward, 'train': forward + backward}
+
+
+def add_ratios(rows: list[dict[str, object]], blocks: int, dims: int, rates: dict[str, float]) -> None:
+    """Complete the rows of one size and resolution in place.
+
+    Ratios are images per second over DeiT's, graph against graph, else eager against eager; memory is bytes over
+    DeiT's. Shares of the floor are those of all blocks together, patch embedding and final norm not counted.
+
+    Args:
+        rows: Measurements; the one whose model is 'deit' is the yardstick.
+        blocks: Sub-blocks of the ViL.
+        dims: Channels of a token.
+        rates: As for `block_floor`.
+    """
+    deit = next((row for row in rows if row['model'] == 'deit' and 'error' not in row), {})
+    for row in rows:
+        floor = block_floor(row['tokens'], dims, rates)
+        for work in ('forward', 'train'):
+            name = next((name for name in (f'{work}_graph', work) if name in row and name in deit), None)
+            if name and row is not deit:
+                row[f'{work}/deit'] = round(row[name] / deit[name], 2)
+            best = max((row[name] for name in (work, f'{work}_compiled', f'{work}_graph') if name in row), default=None)
+            if best and row['model'] != 'deit':
+                row[f'{work}_of_floor'] = f'{best * blocks * floor[work]:.0%}'
+        if 'train_GiB' in row and 'train_GiB' in deit and row is not deit:
+            row['memory/deit'] = round(row['train_GiB'] / deit['train_GiB'], 2)
+
+
+def known_bytes(kernel: str, images: int, tokens: int, dims: int) -> int | None:
+    """Bytes that one launch of a kernel has to move, None where that is not written down here.
+
+    Args:
+        kernel: Name as the profiler gives it.
+        images: B.
+        tokens: S.
+        dims: D.
+    """
+    units = KERNEL_BYTES.get(kernel)
+    return None if units is None else units * images * tokens * dims
+
+
+def draw(rows: list[dict[str, object]], path: Path, device: str) -> None:
+    """Plot throughput and memory against resolution, one line per size and model, both axes logarithmic.
+
+    Args:
+        rows: Measurements of all sizes and resolutions; rows with an error and missing figures are left out.
+        path: SVG or PNG file to write.
+        device: Name of the device, for the title.
+
+    Raises:
+        ValueError: Another file type, or nothing to draw.
+    """
+    if path.suffix not in ('.svg', '.png'):
+        raise ValueError(f'a plot must be an .svg or .png file, got {path.name!r}')
+    panels = [
+        (('forward_graph', 'forward'), 'forward, images/s'),
+        (('train_graph', 'train'), 'forward and backward, images/s'),
+        (('train_MiB_per_image',), 'peak memory of training, MiB per image'),
+    ]
+    drawn = {key: _lines(rows, *key) for key, _ in panels}
+    if not any(drawn.values()):
+        raise ValueError('there is nothing to draw: no row has a figure')
+    import matplotlib as mpl
+
+    mpl.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.6), layout='constrained')
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for (size, model), points in drawn[key].items():
+            axis.plot(*zip(*points, strict=True), color=COLOURS.get(model), marker=MARKERS.get(size), lw=1.4, ms=5)
+        axis.set(title=title, xlabel='pixels', xscale='log', yscale='log')
+        pixels = sorted({row['pixels'] for row in rows})
+        axis.set_xticks(pixels, [str(x) for x in pixels])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    names = list(dict.fromkeys(name for lines in drawn.values() for name in lines))
+    handles = [
+        plt.Line2D([], [], color=COLOURS.get(model), marker=MARKERS.get(size), label=f'{model}, {size}')
+        for size, model in names
+    ]
+    figure.legend(handles=handles, loc='outside lower center', ncols=6, frameon=False)
+    figure.suptitle(f'bfloat16 on one {device}: ViL (fused kernels, plain modules) and DeiT')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={'Date': None} if path.suffix == '.svg' else None)
+    plt.close(figure)
+
+
+def _lines(rows: list[dict[str, object]], *keys: str) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """(size, model) -> points (pixels, the first figure of `keys` that the row has), in order of resolution."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in sorted(rows, key=lambda row: row['pixels']):
+        value = next((row[key] for key in keys if key in row), None)
+        if value is not None and 'error' not in row:
+            found.setdefault((row['size'], row['model']), []).append((row['pixels'], value))
+    return found

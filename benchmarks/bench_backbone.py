@@ -1,0 +1,421 @@
+"""ViL backbones against DeiT of the same size: images per second, memory, latency, by size and resolution.
+
+    python benchmarks/bench_backbone.py [--out FILE] [--plot FILE] [--sizes tiny] [--resolutions 224 512] [--profile]
+
+Each size and resolution runs in a process of its own, with DeiT (the yardstick) and the device's copy and matrix rates
+measured in the same process. A ViL variant is first compared with float64 on one image, features and all gradients; one
+whose rounding errors exceed those of plain torch gets no times. Models: 'fused' (kernels for whole sub-blocks), 'plain'
+(modules and the mLSTM kernels), 'parallel' (modules and the quadratic mLSTM in plain torch, the official code's way and
+cost), 'deit' (timm's, else mmpretrain's, with scaled_dot_product_attention). Everything under bfloat16 autocast as in
+training; 'train' is forward and backward, without an optimizer step. 'graph' replays a CUDA graph.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmvil.models import VisionLSTM
+
+if __package__:
+    from .backbone_report import COLUMNS, add_ratios, draw, known_bytes
+    from .common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
+else:
+    from backbone_report import COLUMNS, add_ratios, draw, known_bytes
+    from common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
+
+SIZES = ('tiny', 'small', 'base')
+RESOLUTIONS = (224, 384, 512, 768, 1024, 2048)
+MODELS = ('deit', 'fused', 'plain', 'parallel')
+MODES = ('eager', 'compiled', 'graph')
+PATCH = 16
+TOKENS = 128 * 196
+"""Tokens of a batch, about: 128 images of 224 pixels."""
+PARALLEL_TOKENS = 1024
+"""Above this the plain quadratic form is left out: its S x S matrices of 24 blocks do not fit."""
+PROFILE_COLUMNS = ['work', 'kernel', 'launches', 'us', 'bytes', 'GB/s']
+TIMES_ROUNDING = 3.0
+"""A gradient may be this many times as far from float64 as that of plain torch under the same autocast."""
+
+
+def batch_size(pixels: int) -> int:
+    """Images of a batch, so that all resolutions have about the same number of tokens."""
+    return max(1, round(TOKENS / (pixels // PATCH) ** 2))
+
+
+def build_vil(model: str, size: str, pixels: int) -> VisionLSTM:
+    """Build a ViL variant with the pooled features that its classifier uses."""
+    backend = 'parallel' if model == 'parallel' else 'auto'
+    options = {'arch': size, 'img_size': pixels, 'patch_size': PATCH, 'out_type': 'bilateral_concat'}
+    return VisionLSTM(**options, fused=model == 'fused', mlstm_backend=backend)
+
+
+def build_deit(size: str, pixels: int) -> tuple[nn.Module, str]:
+    """Build DeiT without a classifier, and say whose it is."""
+    try:
+        import timm
+    except ImportError:
+        import mmpretrain
+        from mmpretrain.models.backbones import VisionTransformer
+
+        options = {'arch': f'deit-{size}', 'img_size': pixels, 'patch_size': PATCH}
+        return VisionTransformer(**options), f'mmpretrain {mmpretrain.__version__}'
+    model = timm.create_model(f'deit_{size}_patch16_224', img_size=pixels, num_classes=0)
+    return model, f'timm {timm.__version__}'
+
+
+def features(output: object) -> Tensor:
+    """The one tensor that a backbone returns."""
+    return output[-1] if isinstance(output, tuple | list) else output
+
+
+def weighted_sum(x: Tensor) -> Tensor:
+    """A loss that depends on every element differently."""
+    return (x * torch.linspace(-1, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)).sum()
+
+
+def draw_weights(model: nn.Module) -> None:
+    """Move all parameters off their start values, where gates and biases would be zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+
+
+def results(model: nn.Module, image: Tensor, autocast: bool) -> list[Tensor]:
+    """Features and the gradients of all parameters, on the host as float64."""
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast):
+        out = features(model(image))
+    gradients = torch.autograd.grad(weighted_sum(out), list(model.parameters()))
+    return [x.detach().double().cpu() for x in (out, *gradients)]
+
+
+def relative_errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative L2 error of each tensor."""
+    return [((x - y).norm() / y.norm().clamp(min=1e-300)).item() for x, y in zip(actual, exact, strict=True)]
+
+
+def verdict(errors: list[float], rounding: list[float]) -> dict[str, object]:
+    """Compare errors with those that rounding alone makes in plain torch.
+
+    Args:
+        errors: Of the features and of each gradient.
+        rounding: The same of plain torch under the same autocast.
+
+    Returns:
+        'output_error', 'gradient_error' (median) and 'times_rounding' (the worst tensor's error over that of plain
+        torch, with its median added so that tensors which rounding happened to spare do not decide), and 'error' if
+        the variant is wrong.
+    """
+    typical = statistics.median(rounding)
+    ratios = [error / (other + typical) for error, other in zip(errors, rounding, strict=True)]
+    worst = float('inf') if any(math.isnan(ratio) for ratio in ratios) else max(ratios)
+    found = {
+        'output_error': float(f'{errors[0]:.2e}'),
+        'gradient_error': float(f'{statistics.median(errors[1:]):.2e}'),
+        'times_rounding': round(worst, 2),
+    }
+    return found if worst <= TIMES_ROUNDING else {**found, 'error': f'WRONG: {worst:.1f} times the rounding errors'}
+
+
+def references(size: str, pixels: int, state: dict[str, Tensor]) -> tuple[list[Tensor], list[float], Tensor]:
+    """Exact results for one image, the rounding errors of plain torch, and the image."""
+    image = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)).cuda()
+    plain = build_vil('plain', size, pixels).cuda()
+    plain.load_state_dict(state)
+    for block in plain.blocks:
+        block.layer.mlstm_backend = 'chunkwise'
+    plain.with_cp = True
+    rounded = results(plain, image, autocast=True)
+    exact = results(plain.double(), image.double(), autocast=False)
+    return exact, relative_errors(rounded, exact), image
+
+
+def forward_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    """Inference as one piece of work."""
+
+    def work() -> Tensor:
+        with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
+            return features(model(images))
+
+    return work
+
+
+def train_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    """Forward and backward as one piece of work."""
+    parameters = list(model.parameters())
+
+    def work() -> tuple[Tensor, ...]:
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = weighted_sum(features(model(images)).float())
+        return torch.autograd.grad(loss, parameters)
+
+    return work
+
+
+def peak_memory(work: Callable[[], object], stopwatch: Stopwatch) -> int:
+    """Bytes allocated at most while the work runs a second time: weights included, the stopwatch's own left out."""
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - stopwatch.waste.nbytes
+
+
+def latency(work: Callable[[], object], repeats: int = 20) -> float:
+    """Median milliseconds from the call to the finished result, by the host's clock."""
+    times = []
+    for _ in range(repeats + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(statistics.median(times[3:]), 2)
+
+
+def measure(
+    row: dict[str, object], model: nn.Module, images: Tensor, modes: Iterable[str], stopwatch: Stopwatch,
+    check: Callable[[nn.Module], dict[str, object]],
+) -> None:  # fmt: skip
+    """Fill in a row's images per second, memory and latency."""
+    count = len(images)
+    work = {'forward': forward_work(model, images), 'train': train_work(model, images)}
+    single = forward_work(model, images[:1].clone())
+    row['forward_GiB'] = round(peak_memory(work['forward'], stopwatch) / 2**30, 3)
+    peak = peak_memory(work['train'], stopwatch)
+    row['train_GiB'], row['train_MiB_per_image'] = round(peak / 2**30, 3), round(peak / count / 2**20, 1)
+
+    def timed(name: str, run: Callable[[], object]) -> None:
+        timing = stopwatch(run)
+        row[name] = round(count / timing['median'] * 1e6, 1)
+        row[f'{name}_quartiles'] = [round(count / timing[key] * 1e6, 1) for key in ('high', 'low')]
+
+    for name, run in work.items():
+        if 'eager' in modes:
+            timed(name, run)
+        if 'graph' in modes:
+            timed(f'{name}_graph', graphed(run))
+    if 'compiled' in modes:
+        compiled = torch.compile(model)
+        row['compiled'] = check(compiled)
+        if 'error' not in row['compiled']:
+            timed('forward_compiled', forward_work(compiled, images))
+            timed('train_compiled', train_work(compiled, images))
+    if 'eager' in modes:
+        row['latency_ms'] = latency(single)
+    if 'graph' in modes:
+        row['latency_graph_ms'] = latency(graphed(single))
+
+
+def profile(model: nn.Module, images: Tensor, tokens: int, dims: int) -> list[dict[str, object]]:
+    """Time on the device by kernel, forward and training apart: launches, microseconds of all, bytes where known."""
+    rows = []
+    for name, work in (('forward', forward_work(model, images)), ('train', train_work(model, images))):
+        work()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            work()
+            torch.cuda.synchronize()
+        events = [x for x in profiler.key_averages() if x.device_type == torch.autograd.DeviceType.CUDA]
+        for event in sorted(events, key=lambda event: -event.self_device_time_total)[:25]:
+            row = {'work': name, 'kernel': event.key[:70], 'launches': event.count}
+            row['us'] = round(event.self_device_time_total, 1)
+            size = known_bytes(event.key, len(images), tokens, dims)
+            if size is not None:
+                row['bytes'] = size * event.count
+                row['GB/s'] = round(row['bytes'] / row['us'] / 1e3)
+            rows.append(row)
+    return rows
+
+
+def measure_model(
+    name: str, size: str, images: Tensor, state: dict[str, Tensor], exact: tuple, options: argparse.Namespace,
+    stopwatch: Stopwatch,
+) -> dict[str, object]:  # fmt: skip
+    """One row: check, then measure."""
+    pixels = images.shape[-1]
+    tokens = (pixels // PATCH) ** 2
+    row: dict[str, object] = {'size': size, 'pixels': pixels, 'images': len(images), 'tokens': tokens, 'model': name}
+    if name == 'parallel' and tokens > PARALLEL_TOKENS:
+        return {**row, 'error': 'left out: too large'}
+    if name == 'deit':
+        model, row['made_by'] = build_deit(size, pixels)
+    else:
+        model = build_vil(name, size, pixels)
+        model.load_state_dict(state)
+    model.cuda().eval()
+
+    def check(candidate: nn.Module) -> dict[str, object]:
+        if name == 'deit':
+            return {}
+        reference, rounding, image = exact
+        return verdict(relative_errors(results(candidate, image, autocast=True), reference), rounding)
+
+    row.update(check(model))
+    if 'error' in row:
+        return row
+    row['parameters'] = sum(p.numel() for p in model.parameters())
+    try:
+        measure(row, model, images, options.modes, stopwatch, check)
+        if options.profile:
+            row['profile'] = profile(model, images, tokens, VisionLSTM.arch_zoo[size]['embed_dims'])
+    except torch.cuda.OutOfMemoryError:
+        row['error'] = 'out of memory'
+    return row
+
+
+def worker(options: argparse.Namespace) -> dict[str, object]:
+    """Measure all models of one size and resolution in this process."""
+    (size,), (pixels,) = options.sizes, options.resolutions
+    stopwatch = Stopwatch(options.repeats, warmup=2)
+    rates = {'copy_bytes_per_second': copy_rate(stopwatch), 'matmul_flop_per_second': matmul_rate(stopwatch)}
+    torch.manual_seed(0)
+    drawn = build_vil('plain', size, pixels)
+    draw_weights(drawn)
+    state, exact = drawn.state_dict(), ()
+    if set(options.models) - {'deit'}:
+        exact = references(size, pixels, state)
+    images = torch.randn(options.images or batch_size(pixels), 3, pixels, pixels, device='cuda')
+    rows = []
+    for name in options.models:
+        rows.append(measure_model(name, size, images, state, exact, options, stopwatch))
+        torch.cuda.empty_cache()
+    arch = VisionLSTM.arch_zoo[size]
+    add_ratios(rows, arch['num_layers'], arch['embed_dims'], rates)
+    return {'environment': environment(), 'rates': rates, 'rows': rows}
+
+
+def warm(options: argparse.Namespace) -> None:
+    """Compile the kernels of one size and resolution into Triton's cache with two images."""
+    (size,), (pixels,) = options.sizes, options.resolutions
+    for name in options.models:
+        model, image = build_vil(name, size, pixels).cuda(), torch.randn(2, 3, pixels, pixels, device='cuda')
+        train_work(model, image)()
+        forward_work(model, image)()
+    torch.cuda.synchronize()
+
+
+def command(options: argparse.Namespace, size: str, pixels: int, models: Iterable[str], *extra: str) -> list[str]:
+    """Command line of a process for one size and resolution."""
+    chosen = ['--sizes', size, '--resolutions', str(pixels), '--variants', *models, '--modes', *options.modes]
+    numbers = ['--repeats', str(options.repeats), '--images', str(options.images)]
+    return [sys.executable, __file__, *chosen, *numbers, *(['--profile'] if options.profile else []), *extra]
+
+
+def cases(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Sizes and resolutions to run: all combinations, or those named one by one as SIZE:PIXELS."""
+    if options.cases:
+        pairs = [case.split(':') for case in options.cases]
+        return [(size, int(pixels)) for size, pixels in pairs]
+    return [(size, pixels) for size in options.sizes for pixels in options.resolutions]
+
+
+def case(text: str) -> str:
+    """Check one SIZE:PIXELS."""
+    size, _, pixels = text.partition(':')
+    if size not in SIZES or not pixels.isdigit() or int(pixels) < PATCH:
+        raise argparse.ArgumentTypeError(f'expected SIZE:PIXELS with a size of {SIZES}, got {text!r}')
+    return text
+
+
+def warm_cases(pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Smallest and largest resolution of each size: nothing else is compiled for those between."""
+    sizes = {size: [pixels for other, pixels in pairs if other == size] for size, _ in pairs}
+    return [(size, pixels) for size, found in sizes.items() for pixels in sorted({min(found), max(found)})]
+
+
+def warm_up(options: argparse.Namespace) -> None:
+    """Compile what is needed in processes side by side: each variant and size at its two extreme resolutions."""
+    models = [name for name in options.models if name in ('fused', 'plain')]
+    chosen = warm_cases(cases(options))
+    commands = [command(options, *which, [name], '--only-warm') for which in chosen for name in models]
+    running = [subprocess.Popen(one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for one in commands]
+    deadline = time.monotonic() + options.limit
+    for process in running:
+        try:
+            process.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def run_case(options: argparse.Namespace, size: str, pixels: int) -> dict[str, object]:
+    """Run one process and read its result; a failure becomes a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / 'result.json'
+        try:
+            done = subprocess.run(
+                command(options, size, pixels, options.models, '--worker', str(file)),
+                capture_output=True, text=True, timeout=options.limit, check=False,
+            )  # fmt: skip
+            failure = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        except subprocess.TimeoutExpired:
+            failure = f'took longer than {options.limit} s'
+        if file.exists():
+            return json.loads(file.read_text(encoding='utf-8'))
+    return {'rows': [{'size': size, 'pixels': pixels, 'model': 'all', 'error': f'failed: {failure}'}]}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--sizes', nargs='+', default=list(SIZES), choices=SIZES)
+    parser.add_argument('--resolutions', nargs='+', type=int, default=list(RESOLUTIONS))
+    parser.add_argument('--cases', nargs='+', type=case, help='SIZE:PIXELS one by one, in place of all combinations')
+    parser.add_argument('--variants', dest='models', nargs='+', default=list(MODELS), choices=MODELS)
+    parser.add_argument('--modes', nargs='+', default=['eager', 'graph'], choices=MODES)
+    parser.add_argument('--repeats', type=int, default=10)
+    parser.add_argument('--images', type=int, default=0, help='batch size; default: about 25,000 tokens')
+    parser.add_argument('--profile', action='store_true', help='add a table of kernels for each row')
+    parser.add_argument('--limit', type=float, default=180, help='most seconds for one size and resolution')
+    parser.add_argument('--cold', action='store_true', help='do not compile all kernels beforehand, side by side')
+    parser.add_argument('--out', type=Path, help='JSON file to write')
+    parser.add_argument('--plot', type=Path, help='SVG or PNG file to write')
+    parser.add_argument('--worker', type=Path, help=argparse.SUPPRESS)
+    parser.add_argument('--only-warm', action='store_true', help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print tables, write files; 1 if anything was wrong or failed."""
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit('bench_backbone measures on a GPU, and there is none')
+    if options.only_warm:
+        warm(options)
+        return 0
+    if options.worker:
+        write_json(options.worker, worker(options))
+        return 0
+    if not options.cold:
+        warm_up(options)
+    result: dict[str, object] = {'environment': environment(), 'rates': {}, 'rows': []}
+    for size, pixels in cases(options):
+        found = run_case(options, size, pixels)
+        result['rows'] += found['rows']
+        result['rates'][f'{size}:{pixels}'] = found.get('rates')
+        print(table(found['rows'], COLUMNS), flush=True)
+        for row in found['rows']:
+            if 'profile' in row:
+                print(row['model'], table(row['profile'], PROFILE_COLUMNS), sep='\n')
+        if options.out:
+            write_json(options.out, result)
+    if options.plot:
+        draw(result['rows'], options.plot, result['environment']['device'])
+    bad = ('WRONG', 'failed')
+    verdicts = [found.get('error', '') for row in result['rows'] for found in (row, row.get('compiled', {}))]
+    return int(any(str(text).startswith(bad) for text in verdicts))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

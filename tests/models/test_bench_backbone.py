@@ -1,0 +1,145 @@
+"""The backbone benchmark: its models, its check, its floor and its report, as far as they need no GPU."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_backbone as bench
+from benchmarks.backbone_report import add_ratios, block_floor, draw, known_bytes
+
+RATES = {'copy_bytes_per_second': 1e12, 'matmul_flop_per_second': 1e15}
+
+
+def test_batches_have_about_the_same_tokens() -> None:
+    sizes = {pixels: bench.batch_size(pixels) for pixels in bench.RESOLUTIONS}
+    assert sizes == {224: 128, 384: 44, 512: 24, 768: 11, 1024: 6, 2048: 2}
+    assert bench.batch_size(10_000) == 1
+
+
+def test_variants_have_the_same_weights_and_give_features_of_both_ends() -> None:
+    image = torch.randn(1, 3, 32, 32)
+    plain = bench.build_vil('plain', 'tiny', 32)
+    bench.draw_weights(plain)
+    assert not plain.blocks[0].layer.fused
+    outputs = []
+    for name in ('plain', 'fused', 'parallel'):
+        model = bench.build_vil(name, 'tiny', 32)
+        assert (model.blocks[0].layer.fused, model.blocks[0].layer.mlstm_backend == 'parallel') == (
+            name == 'fused',
+            name == 'parallel',
+        )
+        model.load_state_dict(plain.state_dict())
+        outputs.append(bench.features(model(image)))
+    assert outputs[0].shape == (1, 384)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(('size', 'width', 'millions'), [('tiny', 192, 5.5), ('small', 384, 21.7)])
+def test_deit_is_of_the_same_size_and_named(size: str, width: int, millions: float) -> None:
+    model, made_by = bench.build_deit(size, 224)
+    model.eval()  # returns nothing in mmpretrain
+    assert bench.features(model(torch.randn(1, 3, 224, 224))).shape == (1, width)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.2)
+    assert made_by.split()[0] in ('timm', 'mmpretrain')
+
+
+def test_the_check_lets_rounding_pass_and_nothing_else() -> None:
+    model = bench.build_vil('plain', 'tiny', 32)
+    bench.draw_weights(model)
+    image = torch.randn(1, 3, 32, 32)
+    rounded = bench.results(model, image, autocast=True)
+    exact = bench.results(model.double(), image.double(), autocast=False)
+    rounding = bench.relative_errors(rounded, exact)
+    assert 1e-4 < rounding[0] < 5e-2
+    assert 'error' not in bench.verdict(rounding, rounding)
+    for place in (0, 5, -1):
+        wrong = [x.clone() for x in rounded]
+        wrong[place] *= 1.5
+        found = bench.verdict(bench.relative_errors(wrong, exact), rounding)
+        assert found['error'].startswith('WRONG'), (place, found)
+    wrong[3][...] = float('nan')
+    assert 'inf' in bench.verdict(bench.relative_errors(wrong, exact), rounding)['error']
+
+
+def test_floor_is_that_of_bytes_or_of_products() -> None:
+    tokens, dims = 196, 192
+    plane = tokens * dims
+    bytes_bound = block_floor(tokens, dims, {**RATES, 'matmul_flop_per_second': 1e30})
+    assert bytes_bound['forward'] == pytest.approx(46 * plane / 1e12)
+    assert bytes_bound['train'] == pytest.approx((46 + 88) * plane / 1e12)
+    work_bound = block_floor(tokens, dims, {**RATES, 'copy_bytes_per_second': 1e30})
+    cell = work_bound['forward'] * 1e15 - 12 * plane * dims
+    assert 0 < cell <= 4 * tokens * (tokens + 1) * dims
+    assert work_bound['train'] * 1e15 == pytest.approx(3 * 12 * plane * dims + 3.5 * cell)
+    longer = block_floor(16 * 4096, dims, RATES)['forward'] / block_floor(4096, dims, RATES)['forward']
+    assert longer == pytest.approx(16, rel=0.01)  # linear: the cheaper form is taken
+
+
+def rows() -> list[dict[str, object]]:
+    common = {'size': 'tiny', 'pixels': 224, 'images': 128, 'tokens': 196}
+    deit = {'model': 'deit', 'forward': 900.0, 'forward_graph': 1000.0, 'train': 300.0, 'train_GiB': 2.0}
+    fused = {'model': 'fused', 'forward': 500.0, 'forward_graph': 800.0, 'train': 150.0, 'train_GiB': 3.0}
+    parallel = {'model': 'parallel', 'forward': 90.0}
+    return [{**common, **row} for row in (deit, fused, parallel, {'model': 'plain', 'error': 'WRONG'})]
+
+
+def test_ratios_compare_like_with_like() -> None:
+    found = rows()
+    add_ratios(found, 24, 192, RATES)
+    deit, fused, parallel, wrong = found
+    assert (fused['forward/deit'], fused['train/deit'], fused['memory/deit']) == (0.8, 0.5, 1.5)
+    assert parallel['forward/deit'] == 0.1
+    share = 800 * 24 * block_floor(196, 192, RATES)['forward']
+    assert fused['forward_of_floor'] == f'{share:.0%}'
+    assert not {'forward/deit', 'forward_of_floor'} & (set(deit) | set(wrong))
+
+
+def test_known_bytes() -> None:
+    assert known_bytes('layer_norm_kernel', 2, 10, 192) == 6 * 2 * 10 * 192
+    assert known_bytes('ampere_gemm', 2, 10, 192) is None
+
+
+def test_plot(tmp_path) -> None:
+    for name in ('plot.svg', 'plot.png'):
+        draw([*rows(), *({**row, 'pixels': 512} for row in rows())], tmp_path / 'figures' / name, 'test device')
+        assert (tmp_path / 'figures' / name).stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"got 'plot\.pdf'"):
+        draw(rows(), tmp_path / 'plot.pdf', 'test device')
+    with pytest.raises(ValueError, match='nothing to draw'):
+        draw([row for row in rows() if 'error' in row], tmp_path / 'plot.svg', 'test device')
+
+
+def test_commands_of_the_processes() -> None:
+    options = bench.parse(
+        ['--cases', 'tiny:224', 'small:512', 'tiny:2048', 'tiny:512', '--modes', 'eager', '--images', '3']
+    )
+    assert bench.cases(options) == [('tiny', 224), ('small', 512), ('tiny', 2048), ('tiny', 512)]
+    assert bench.warm_cases(bench.cases(options)) == [('tiny', 224), ('tiny', 2048), ('small', 512)]
+    inner = bench.parse(bench.command(options, 'tiny', 224, ['deit', 'fused'], '--only-warm')[2:])
+    assert (inner.sizes, inner.resolutions, inner.models) == (['tiny'], [224], ['deit', 'fused'])
+    assert (inner.modes, inner.images, inner.only_warm, inner.profile) == (['eager'], 3, True, False)
+    assert len(bench.cases(bench.parse([]))) == 3 * 6
+    for wrong in ('huge:224', 'tiny', 'tiny:8'):
+        with pytest.raises(SystemExit):
+            bench.parse(['--cases', wrong])
+
+
+def test_a_failed_process_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench.parse(['--limit', '60'])
+    monkeypatch.setattr(bench, 'command', lambda *_: [bench.sys.executable, '-c', 'raise SystemExit("broken")'])
+    (row,) = bench.run_case(options, 'tiny', 224)['rows']
+    assert (row['size'], row['pixels'], row['error']) == ('tiny', 224, 'failed: broken')
+
+    def writing(_: object, size: str, pixels: int, models: object, flag: str, file: str) -> list[str]:
+        return [bench.sys.executable, '-c', f'open({file!r}, "w").write({json.dumps({"rows": [size, pixels]})!r})']
+
+    monkeypatch.setattr(bench, 'command', writing)
+    assert bench.run_case(options, 'tiny', 224) == {'rows': ['tiny', 224]}
+
+
+def test_no_gpu_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit, match='measures on a GPU'):
+        bench.main(['--sizes', 'tiny'])
