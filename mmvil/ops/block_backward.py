@@ -23,14 +23,17 @@ norm_kernels = FastKernels(block_backward_norm_kernels)
 
 STRIP_COLUMNS = 16
 MAX_STRIP_ROWS = 32
-# Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and one-warp programs that
-# a multiprocessor holds by their registers on compute capability 9.0: a run of one full wave leaves no tail and the
-# fewest partial sums. Measured on one H100.
-ROW_TILES = {'branch': (1024, 1, 2, 16), 'norm': (1024, 1, 2, 12), 'output': (512, 1, 3, 8)}
-FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 24)}
+# Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and programs per
+# multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for the
+# norm and the branch, whose partial sums are narrow and cost more to add up. From times on one H100.
+ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512, 1, 3, 8)}
+FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
+# IEEE float32 products run on the plain cores, with more registers for an operand.
+FLOAT_TILES = {**FLAT_TILES, 'mix': (16, 16, 2, 3, 4), 'value': (16, 16, 2, 2, 8)}
 CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
 CONV_REGISTERS = 168
-SUM_TILE = (64, 32, 4)
+SUM_TILE = (128, 32, 8)
+COPY_BLOCK = 4096
 
 
 def _walk(shape: BlockShape) -> tuple[int, int]:
@@ -75,15 +78,15 @@ class _Sums:
         self.parts = parts.split([rows * width for rows, width in sizes])
         self.buffer = parts
 
-    def totals(self) -> tuple[Tensor, ...]:
-        """Sums over programs, one vector per kernel."""
+    def totals(self) -> Tensor:
+        """Sums over programs, the kernels' behind each other."""
         height, width, warps = SUM_TILE
         rows, widths = zip(*self.sizes, strict=True)
         totals = self.buffer.new_empty(sum(widths))
         kernels.sum_kernel[(sum(ceil_div(x, width) for x in widths),)](
             self.buffer, totals, *rows, *widths, BM=height, BC=width, num_warps=warps
         )
-        return totals.split(widths)
+        return totals
 
 
 def _steps(tokens: int, height: int, programs: int) -> tuple[int, int]:
@@ -112,6 +115,7 @@ class _Backward:
         self.u = u.view(self.count, 2 * shape.inner)
         self.a, self.z = self.u.chunk(2, 1)
         self.taps = weights['conv_w'].flatten(1).shape[1]
+        self.flat_tiles = FLOAT_TILES if u.dtype == torch.float32 else FLAT_TILES
         self.processors = device_limits(u.device).multiprocessors
         self.branch = self._by_rows('branch', dims)
         self.norm = self._by_rows('norm', dims)
@@ -126,10 +130,10 @@ class _Backward:
             (
                 (self.branch[1], dims),
                 (self.norm[1], 2 * dims),
-                (self.output[1], 4 * inner),
                 (self.mix[1], common + inner * (block + 1) + 2 * heads),
                 (self.value[1], common),
                 (self.conv[0] * _strips(shape)[2], inner * (self.taps + 2)),
+                (self.output[1], 4 * inner),
             ),
         )
 
@@ -142,7 +146,7 @@ class _Backward:
 
     def _flat(self, name: str) -> tuple[int, int]:
         """Steps and programs of a kernel on tiles of tokens and channels."""
-        height, most, *_, held = FLAT_TILES[name]
+        height, most, *_, held = self.flat_tiles[name]
         parts = self._parts(_channels(self.shape, most))
         return _steps(self.count, height, max(1, held * self.processors // parts))
 
@@ -169,7 +173,7 @@ class _Backward:
     def queries(self, pre: Tensor) -> Tensor:
         """q (N, E)."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = FLAT_TILES['query']
+        height, most, warps, stages, _ = self.flat_tiles['query']
         channels = _channels(shape, most)
         steps, programs = self._flat('query')
         q = torch.empty_like(pre)
@@ -190,34 +194,38 @@ class _Backward:
         steps, programs = self.output
         norm_kernels.output_backward_kernel[(programs, shape.heads)](
             h, pre, self.z, self.z.stride(0), weights['head_w'], weights['head_w'] if bias is None else bias,
-            weights['skip'], dy, y, dz, dz.stride(0), dh, dc, self.sums.parts[2], self.count, shape.inner, NORM_EPS,
+            weights['skip'], dy, y, dz, dz.stride(0), dh, dc, self.sums.parts[5], self.count, shape.inner, NORM_EPS,
             steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, STAGES=ROW_TILES['output'][2],
             num_warps=ROW_TILES['output'][1],
         )  # fmt: skip
         return y, dh, dc
 
-    def gate_maps(self) -> Tensor:
-        """The gates as linear maps of c and a, (2, E, columns)."""
+    def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gates as maps of c and a, (2, E, columns); the outer projections' weights in the activations' dtype."""
         shape, weights = self.shape, self.weights
         channels, gates = _channels(shape, 32), _gate_columns(shape)
-        maps = self.u.new_empty(2, shape.inner, gates)
-        kernels.gate_map_kernel[(self._parts(channels),)](
-            weights['wq'], weights['wk'], weights['wv'], weights['wg'], maps, shape.inner, QB=shape.block,
-            HEADS=shape.heads, BC=channels, BG=gates, num_warps=4,
+        wide = [weights['up_w'], weights['down_w']]
+        sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
+        maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
+        parts = self._parts(channels)
+        kernels.prepare_backward_kernel[(parts + triton.cdiv(max(sizes), COPY_BLOCK),)](
+            weights['wq'], weights['wk'], weights['wv'], weights['wg'], maps, *wide, *copies, *sizes, parts,
+            shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
         )  # fmt: skip
-        return maps
+        up, down = (x.view_as(w) if size else w for x, w, size in zip(copies, wide, sizes, strict=True))
+        return maps.view(2, shape.inner, gates), up, down
 
     def mix_gradient(
         self, pre: Tensor, dq: Tensor, dk: Tensor, dc: Tensor, dgates: Sequence[Tensor], maps: Tensor
     ) -> Tensor:
         """Gradient of `pre`, in the memory of dc."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = FLAT_TILES['mix']
+        height, most, warps, stages, _ = self.flat_tiles['mix']
         channels = _channels(shape, most)
         steps, programs = self.mix
         kernels.mix_backward_kernel[(self._parts(channels), programs)](
-            pre, dq, dk, dc, *dgates, weights['wq'], weights['wk'], maps, dc, self.sums.parts[3], self.count,
-            shape.tokens, shape.inner, steps, self.sums.sizes[3][1], QB=shape.block, HEADS=shape.heads,
+            pre, dq, dk, dc, *dgates, weights['wq'], weights['wk'], maps, dc, self.sums.parts[2], self.count,
+            shape.tokens, shape.inner, steps, self.sums.sizes[2][1], QB=shape.block, HEADS=shape.heads,
             PRECISION=dot_precision(self.dtype), BM=height, BC=channels, BG=maps.shape[2], STAGES=stages,
             num_warps=warps,
         )  # fmt: skip
@@ -226,12 +234,12 @@ class _Backward:
     def value_gradient(self, dv: Tensor, dgates: Sequence[Tensor], maps: Tensor, da: Tensor) -> None:
         """Write what comes to a through v and the gates."""
         shape, weights = self.shape, self.weights
-        height, most, warps, stages, _ = FLAT_TILES['value']
+        height, most, warps, stages, _ = self.flat_tiles['value']
         channels = _channels(shape, most)
         steps, programs = self.value
         kernels.value_backward_kernel[(self._parts(channels), programs)](
-            self.a, self.a.stride(0), dv, *dgates, weights['wv'], maps, da, da.stride(0), self.sums.parts[4],
-            self.count, shape.tokens, shape.inner, steps, self.sums.sizes[4][1], QB=shape.block, HEADS=shape.heads,
+            self.a, self.a.stride(0), dv, *dgates, weights['wv'], maps, da, da.stride(0), self.sums.parts[3],
+            self.count, shape.tokens, shape.inner, steps, self.sums.sizes[3][1], QB=shape.block, HEADS=shape.heads,
             PRECISION=dot_precision(self.dtype), BM=height, BC=channels, BG=maps.shape[2], STAGES=stages,
             num_warps=warps,
         )  # fmt: skip
@@ -251,8 +259,8 @@ class _Backward:
             kernel = kernels.conv1d_backward_kernel
             sizes = (shape.tokens, shape.inner, height, strips, images, 0 if shape.reverse else -3, last)
         kernel[(self._parts(channels), strips, groups)](
-            self.a, self.a.stride(0), dpre, weights['conv_w'], da, da.stride(0), self.sums.parts[5], shape.batch,
-            *sizes, self.sums.sizes[5][1], BW=STRIP_COLUMNS, BC=channels, num_warps=warps,
+            self.a, self.a.stride(0), dpre, weights['conv_w'], da, da.stride(0), self.sums.parts[4], shape.batch,
+            *sizes, self.sums.sizes[4][1], BW=STRIP_COLUMNS, BC=channels, num_warps=warps,
             maxnreg=CONV_REGISTERS,
         )  # fmt: skip
 
@@ -273,23 +281,25 @@ class _Backward:
     def parameter_gradients(self) -> dict[str, Tensor]:
         """All gradients that are sums over tokens, float32, flat."""
         shape, weights, inner, block = self.shape, self.weights, self.shape.inner, self.shape.block
-        branch, norm, output, mix, value, conv = self.sums.totals()
+        totals = self.sums.totals()
+        branch, norm, mix, value, conv, output = totals.split([width for _, width in self.sums.sizes])
         channels = _channels(shape, 32)
         matrices, biases, wg = (
             mix.new_empty(3, inner * block),
             mix.new_empty(3, inner),
             mix.new_empty(2 * shape.heads, 3 * inner),
         )
-        kernels.finish_kernel[(self._parts(channels),)](
+        kernels.finish_kernel[(self._parts(channels), 3)](
             mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wg'], *_biases(weights), matrices,
             biases, wg, inner, QB=block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels,
             BG=_gate_columns(shape), num_warps=4,
         )  # fmt: skip
-        head_w, head_b, skip, dz_sum = output.view(4, inner)
-        conv_w, conv_b, da_sum = conv.split([inner * self.taps, inner, inner])
+        _, head_w, head_b, skip = output.view(4, inner)
+        conv_w, conv_b, _ = conv.split([inner * self.taps, inner, inner])
+        up_b = totals[-5 * inner : -3 * inner]  # sums of da, the last of the convolution's, and dz, the output's first
         return {
             'norm_w': norm[: self.dims], 'norm_b': norm[self.dims :], 'down_b': branch,
-            'up_b': torch.cat([da_sum, dz_sum]), 'conv_w': conv_w, 'conv_b': conv_b,
+            'up_b': up_b, 'conv_w': conv_w, 'conv_b': conv_b,
             'wq': matrices[0], 'wk': matrices[1], 'wv': matrices[2], 'bq': biases[0], 'bk': biases[1], 'bv': biases[2],
             'wg': wg, 'gate_b': mix[-2 * shape.heads :], 'head_w': head_w, 'head_b': head_b, 'skip': skip,
         }  # fmt: skip
@@ -321,19 +331,19 @@ def block_backward(
     """
     run = _Backward(shape, u, x.shape[2], weights)
     x_rows, dout, pre = x.flatten(0, 1), dout.contiguous().flatten(0, 1), pre.flatten(0, 1)
+    maps, up_w, down_w = run.prepare()
     branch = run.branch_gradient(dout, scale)
-    dy = branch @ weights['down_w'].to(run.dtype)
+    dy = branch @ down_w
     du = torch.empty_like(run.u)
     da, dz = du.chunk(2, 1)
     y, dh, dc = run.output_gradients(_rows(h), pre, dy, dz)
-    down_w = branch.t() @ y
+    ddown_w = branch.t() @ y
     q = run.queries(pre)
     heads = [t.view_as(k).unflatten(2, (shape.heads, -1)).transpose(1, 2) for t in (dh, q, k, v)]
     *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, 1e-6)
     dq, dk, dv = (_rows(t) for t in dqkv)
-    maps = run.gate_maps()
     dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)
     run.value_gradient(dv, (di, df), maps, da)
     run.conv_gradient(dpre, da)
-    dx, normalised = run.norm_gradient(x_rows, du @ weights['up_w'].to(run.dtype), dout)
-    return dx.view_as(x), {'up_w': du.t() @ normalised, 'down_w': down_w, **run.parameter_gradients()}
+    dx, normalised = run.norm_gradient(x_rows, du @ up_w, dout)
+    return dx.view_as(x), {'up_w': du.t() @ normalised, 'down_w': ddown_w, **run.parameter_gradients()}

@@ -11,7 +11,7 @@ over tokens are written per program, one row of partial sums each, and added up 
 import triton
 import triton.language as tl
 
-from .block_kernels import _block_matrix, _gate_matrix, _load_four, _load_shifted, _weigh3
+from .block_kernels import _block_matrix, _copy, _gate_matrix, _load_four, _load_shifted, _weigh3
 from .triton_launch import interpreting
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     'conv2d_backward_kernel',
     'fast_sigmoid',
     'finish_kernel',
-    'gate_map_kernel',
     'mix_backward_kernel',
+    'prepare_backward_kernel',
     'query_kernel',
     'sum_kernel',
     'value_backward_kernel',
@@ -62,6 +62,13 @@ def _diagonal_blocks(full, QB: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def _adder(BM: tl.constexpr, dtype: tl.constexpr):
+    """(16, BM) matrix that adds up BM rows in a product: the result's first row is the sum, the others are zero."""
+    row = tl.arange(0, 16)[:, None] + tl.zeros((1, BM), tl.int32)
+    return tl.where(row == 0, 1.0, 0.0).to(dtype)
+
+
+@triton.jit
 def _store_blocks(ptr, full, channel, E, QB: tl.constexpr):
     """Write the diagonal blocks of a (BC, BC) matrix [in, out] as (BC, QB), [out, in]."""
     wide = channel[:, None] * QB + tl.arange(0, QB)[None, :]
@@ -87,12 +94,11 @@ def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constex
 
 
 @triton.jit
-def gate_map_kernel(
-    wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E,
+def _map_gates(
+    part, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E,
     QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """(2, E, BG): the gates as linear maps of c and of a, through q, k and v."""
-    part = tl.program_id(0)
+    """Rows of one block of BC channels in both maps of `prepare_backward_kernel`."""
     channel = part * BC + tl.arange(0, BC)
     place = channel[:, None] * BG + tl.arange(0, BG)[None, :]
     inside = (channel < E)[:, None]
@@ -106,6 +112,23 @@ def gate_map_kernel(
     ga = tl.dot(mv, gv, input_precision='tf32x3')
     tl.store(map_ptr + place, gc.to(map_ptr.dtype.element_ty), mask=inside)
     tl.store(map_ptr + E * BG + place, ga.to(map_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def prepare_backward_kernel(
+    wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size, down_size, parts, E,
+    QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gates as linear maps of c and of a, through q, k and v: (2, E, BG); and copies in the activations' dtype.
+
+    Program i < parts does block i of BC channels, the others copy the outer projections' weights.
+    """
+    program = tl.program_id(0)
+    if program < parts:
+        _map_gates(program, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E, QB, HEADS, BC, BG)
+    else:
+        _copy(up_ptr, up_copy_ptr, (program - parts) * BLOCK, up_size, BLOCK)
+        _copy(down_ptr, down_copy_ptr, (program - parts) * BLOCK, down_size, BLOCK)
 
 
 @triton.jit(do_not_specialize=['N', 'steps'])
@@ -151,12 +174,14 @@ def mix_backward_kernel(
     mq = _turned_matrix(wq_ptr, part * BC, E, QB, BC).to(dtype)
     mk = _turned_matrix(wk_ptr, part * BC, E, QB, BC).to(dtype)
     gc = tl.load(map_ptr + channel[None, :] * BG + g[:, None], mask=inside[None, :], other=0.0)
-    dwq = tl.zeros((BC, BC), tl.float32)  # [in, out], like dwk: then dq and dk are read without being turned,
-    dwk = tl.zeros((BC, BC), tl.float32)  # which is what lets the compiler load them ahead
-    dbq = tl.zeros((BM, BC), tl.float32)
-    dbk = tl.zeros((BM, BC), tl.float32)
+    # Sums are formed so that dq and dk are operands of products alone, and not turned: then the compiler loads them
+    # ahead, into shared memory without bank conflicts. Hence dWq and dWk as [in, out] and biases as products.
+    dwq = tl.zeros((BC, BC), tl.float32)
+    dwk = tl.zeros((BC, BC), tl.float32)
+    dbq = tl.zeros((16, BC), tl.float32)
+    dbk = tl.zeros((16, BC), tl.float32)
     gate_c = tl.zeros((BC, BG), tl.float32)
-    gate_sum = tl.zeros((BM, BG), tl.float32)
+    add_up = _adder(BM, dtype)
     pre_next = _load_rows(pre_ptr, program * steps * BM + tl.arange(0, BM), channel, N, E)
     for step in tl.range(0, steps, num_stages=STAGES):
         n = (program * steps + step) * BM + tl.arange(0, BM)
@@ -167,14 +192,12 @@ def mix_backward_kernel(
         dq = tl.load(dq_ptr + place, mask=mask, other=0.0)
         dk = tl.load(dk_ptr + place, mask=mask, other=0.0)
         dc = tl.load(dc_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        dgate = _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS, BG)
+        dgate = _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS, BG).to(dtype)
         sigma = fast_sigmoid(pre)
         c = pre * sigma
         turned = tl.trans(c.to(dtype))
-        gate_sum += dgate
-        dgate = dgate.to(dtype)
-        dbq += dq.to(tl.float32)
-        dbk += dk.to(tl.float32)
+        dbq = tl.dot(add_up, dq, dbq, input_precision=PRECISION)
+        dbk = tl.dot(add_up, dk, dbk, input_precision=PRECISION)
         gate_c = tl.dot(turned, dgate, gate_c, input_precision=PRECISION)
         dwq = tl.dot(turned, dq, dwq, input_precision=PRECISION)
         dwk = tl.dot(turned, dk, dwk, input_precision=PRECISION)
@@ -192,6 +215,11 @@ def mix_backward_kernel(
     gates = inside[:, None] & (g < 2 * HEADS)[None, :]
     tl.store(sums_ptr + g[None, :] * E + channel[:, None], gate_c, mask=gates)
     if part == 0:
+        gate_sum = tl.zeros((64, BG), tl.float32)
+        for first in range(0, steps * BM, 64):
+            i = first + tl.arange(0, 64)
+            n = tl.where(i < steps * BM, program * steps * BM + i, N)
+            gate_sum += _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS, BG)
         tl.store(sums_ptr + 2 * HEADS * E + g, tl.sum(gate_sum, 0), mask=g < 2 * HEADS)
 
 
@@ -211,8 +239,9 @@ def value_backward_kernel(
     mv = _turned_matrix(wv_ptr, part * BC, E, QB, BC).to(dtype)
     ga = tl.load(map_ptr + (E + channel[None, :]) * BG + g[:, None], mask=inside[None, :], other=0.0)
     dwv = tl.zeros((BC, BC), tl.float32)  # [in, out]
-    dbv = tl.zeros((BM, BC), tl.float32)
+    dbv = tl.zeros((16, BC), tl.float32)
     gate_a = tl.zeros((BC, BG), tl.float32)
+    add_up = _adder(BM, dtype)
     for step in tl.range(0, steps, num_stages=STAGES):
         n = (program * steps + step) * BM + tl.arange(0, BM)
         mask = (n < N)[:, None] & inside[None, :]
@@ -221,7 +250,7 @@ def value_backward_kernel(
         dv = tl.load(dv_ptr + row * E + channel[None, :], mask=mask, other=0.0)
         dgate = _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS, BG).to(dtype)
         turned = tl.trans(a)
-        dbv += dv.to(tl.float32)
+        dbv = tl.dot(add_up, dv, dbv, input_precision=PRECISION)
         gate_a = tl.dot(turned, dgate, gate_a, input_precision=PRECISION)
         dwv = tl.dot(turned, dv, dwv, input_precision=PRECISION)
         da = tl.dot(dv, mv, input_precision=PRECISION)
@@ -457,7 +486,7 @@ def finish_kernel(
     mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wg_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr, E,
     QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of projections and gates from the total mix and value rows.
+    """Gradients of one of Wq, Wk, Wv (second program index) and its gates from the total mix and value rows.
 
     What Wq sees as dq is dq + Gq' dgate, and what Gq sees as q is Wq c + bq; likewise for k and v.
     """
@@ -473,21 +502,22 @@ def finish_kernel(
     gate_sum = tl.load(mix_ptr + 2 * E * (QB + 1 + HEADS) + g, mask=g < 2 * HEADS, other=0.0)
     wide = channel[:, None] * QB + i[None, :]
     for which in tl.static_range(3):
-        weights = _gate_matrix(wg_ptr, which, channel, E, 2 * HEADS, BG).to(tl.float32)  # (BC, BG)
-        seen = gate_c if which < 2 else gate_a
-        dw_sum = mix_ptr + which * E * QB if which < 2 else value_ptr
-        db_sum = mix_ptr + 2 * E * QB + which * E if which < 2 else value_ptr + E * QB
-        w_ptr = wq_ptr if which == 0 else (wk_ptr if which == 1 else wv_ptr)
-        dw = _diagonal_blocks(tl.dot(weights, seen, input_precision='tf32x3'), QB, BC)
-        dw += tl.load(dw_sum + wide, mask=inside[:, None], other=0.0)
-        tl.store(dw_ptr + which * E * QB + wide, dw, mask=inside[:, None])
-        db = tl.sum(weights * gate_sum[None, :], 1)
-        db += tl.load(db_sum + channel, mask=inside, other=0.0)
-        tl.store(db_ptr + which * E + channel, db, mask=inside)
-        square = _block_matrix(w_ptr, part * BC, E, QB, BC).to(tl.float32)
-        dwg = tl.dot(seen, square, input_precision='tf32x3')
-        if HAS_BIAS:
-            b_ptr = bq_ptr if which == 0 else (bk_ptr if which == 1 else bv_ptr)
-            dwg += gate_sum[:, None] * tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-        place = g[:, None] * (3 * E) + which * E + channel[None, :]
-        tl.store(dwg_ptr + place, dwg, mask=gates)
+        if tl.program_id(1) == which:
+            weights = _gate_matrix(wg_ptr, which, channel, E, 2 * HEADS, BG).to(tl.float32)  # (BC, BG)
+            seen = gate_c if which < 2 else gate_a
+            dw_sum = mix_ptr + which * E * QB if which < 2 else value_ptr
+            db_sum = mix_ptr + 2 * E * QB + which * E if which < 2 else value_ptr + E * QB
+            w_ptr = wq_ptr if which == 0 else (wk_ptr if which == 1 else wv_ptr)
+            dw = _diagonal_blocks(tl.dot(weights, seen, input_precision='tf32x3'), QB, BC)
+            dw += tl.load(dw_sum + wide, mask=inside[:, None], other=0.0)
+            tl.store(dw_ptr + which * E * QB + wide, dw, mask=inside[:, None])
+            db = tl.sum(weights * gate_sum[None, :], 1)
+            db += tl.load(db_sum + channel, mask=inside, other=0.0)
+            tl.store(db_ptr + which * E + channel, db, mask=inside)
+            square = _block_matrix(w_ptr, part * BC, E, QB, BC).to(tl.float32)
+            dwg = tl.dot(seen, square, input_precision='tf32x3')
+            if HAS_BIAS:
+                b_ptr = bq_ptr if which == 0 else (bk_ptr if which == 1 else bv_ptr)
+                dwg += gate_sum[:, None] * tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+            place = g[:, None] * (3 * E) + which * E + channel[None, :]
+            tl.store(dwg_ptr + place, dwg, mask=gates)

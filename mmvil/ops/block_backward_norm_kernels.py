@@ -75,7 +75,7 @@ def output_backward_kernel(
     N, E, eps, steps,
     HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y again; dz, dh, dc through the gated output of one head; sums over tokens for w, b, skip and the bias of z."""
+    """y again; dz, dh, dc through the gated output of one head; sums over tokens for the bias of z, w, b and skip."""
     program = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
@@ -119,7 +119,7 @@ def output_backward_kernel(
         dh = rstd[:, None] * (g - (tl.sum(g, 1) / DH)[:, None] - normalised * (tl.sum(g * normalised, 1) / DH)[:, None])
         tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
     sums_ptr += program.to(tl.int64) * 4 * E + channel
-    tl.store(sums_ptr, tl.sum(dw, 0), mask=d < DH)
-    tl.store(sums_ptr + E, tl.sum(db, 0), mask=d < DH)
-    tl.store(sums_ptr + 2 * E, tl.sum(dskip, 0), mask=d < DH)
-    tl.store(sums_ptr + 3 * E, tl.sum(dzsum, 0), mask=d < DH)
+    tl.store(sums_ptr, tl.sum(dzsum, 0), mask=d < DH)
+    tl.store(sums_ptr + E, tl.sum(dw, 0), mask=d < DH)
+    tl.store(sums_ptr + 2 * E, tl.sum(db, 0), mask=d < DH)
+    tl.store(sums_ptr + 3 * E, tl.sum(dskip, 0), mask=d < DH)

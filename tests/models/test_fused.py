@@ -84,6 +84,20 @@ def test_float16(options: dict) -> None:
 
 
 @on_kernels
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+def test_backward_programs_that_take_many_tiles(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    from mmvil.ops import block_backward
+
+    torch.manual_seed(0)
+    for table in ('ROW_TILES', 'FLAT_TILES', 'FLOAT_TILES'):
+        fewest = {name: (*tile[:-1], 0) for name, tile in getattr(block_backward, table).items()}
+        monkeypatch.setattr(block_backward, table, fewest)
+    monkeypatch.setattr(block_backward, 'CONV_TILE', (*block_backward.CONV_TILE[:-1], 0))
+    errors = compare(trained_like(ViLBlock(16, **options)), (3, 17), torch.float32, batch=3)
+    assert all(error < 2e-4 for error in errors.values()), errors
+
+
+@on_kernels
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
 def test_drop_path_scales_whole_images(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
