@@ -208,7 +208,7 @@ class _Backward:
         sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
         parts = self._parts(channels)
-        kernels.prepare_backward_kernel[(parts + triton.cdiv(max(sizes), COPY_BLOCK),)](
+        kernels.prepare_backward_kernel[(parts + ceil_div(max(sizes), COPY_BLOCK),)](
             weights['wq'], weights['wk'], weights['wv'], weights['wg'], maps, *wide, *copies, *sizes, parts,
             shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
         )  # fmt: skip
