@@ -25,7 +25,8 @@ STRIP_COLUMNS = 16
 MAX_STRIP_ROWS = 32
 # Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and programs per
 # multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for the
-# norm and the branch, whose partial sums are narrow and cost more to add up. From times on one H100.
+# norm and the branch, whose partial sums are narrow and cost more to add up. Tiles are the fastest
+# of those tried on one H100; the numbers of programs follow from registers and are not timed.
 ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512, 1, 3, 8)}
 FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
 # IEEE float32 products run on the plain cores, with more registers for an operand.
@@ -184,9 +185,12 @@ class _Backward:
         )  # fmt: skip
         return q
 
-    def output_gradients(self, h: Tensor, pre: Tensor, dy: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y, dh, dc (N, E); dz is written in place."""
+    def output_gradients(
+        self, branch: Tensor, down_w: Tensor, h: Tensor, pre: Tensor, dz: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dh, dc (N, E) and the gradient of the down-projection's weight; dz is written in place."""
         shape, weights = self.shape, self.weights
+        dy = branch @ down_w
         dim = shape.inner // shape.heads
         height, width = _row_tile('output', dim)
         y, dh, dc = (torch.empty_like(pre) for _ in range(3))
@@ -198,7 +202,7 @@ class _Backward:
             steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, STAGES=ROW_TILES['output'][2],
             num_warps=ROW_TILES['output'][1],
         )  # fmt: skip
-        return y, dh, dc
+        return dh, dc, branch.t() @ y
 
     def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gates as maps of c and a, (2, E, columns); the outer projections' weights in the activations' dtype."""
@@ -208,7 +212,7 @@ class _Backward:
         sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
         parts = self._parts(channels)
-        kernels.prepare_backward_kernel[(parts + triton.cdiv(max(sizes), COPY_BLOCK),)](
+        kernels.prepare_backward_kernel[(parts + ceil_div(max(sizes), COPY_BLOCK),)](
             weights['wq'], weights['wk'], weights['wv'], weights['wg'], maps, *wide, *copies, *sizes, parts,
             shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
         )  # fmt: skip
@@ -333,11 +337,9 @@ def block_backward(
     x_rows, dout, pre = x.flatten(0, 1), dout.contiguous().flatten(0, 1), pre.flatten(0, 1)
     maps, up_w, down_w = run.prepare()
     branch = run.branch_gradient(dout, scale)
-    dy = branch @ down_w
     du = torch.empty_like(run.u)
     da, dz = du.chunk(2, 1)
-    y, dh, dc = run.output_gradients(_rows(h), pre, dy, dz)
-    ddown_w = branch.t() @ y
+    dh, dc, ddown_w = run.output_gradients(branch, down_w, _rows(h), pre, dz)
     q = run.queries(pre)
     heads = [t.view_as(k).unflatten(2, (shape.heads, -1)).transpose(1, 2) for t in (dh, q, k, v)]
     *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, 1e-6)
