@@ -1,5 +1,7 @@
 """The fused block against the plain modules in float64: every output and gradient."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,22 +32,27 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
 
 
-def compare(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, batch: int = 2) -> dict[str, float]:
-    """Relative error of output and gradients of the fused path against float64 on the plain one."""
+def gradients(block: ViLBlock, out: Tensor, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """Output, and gradients of input and parameters."""
+    x.grad = None
+    block.zero_grad()
+    out.backward(upstream.to(out.dtype))
+    found = {'output': out, 'x': x.grad, **{name: p.grad for name, p in block.named_parameters()}}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def compare(
+    block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, batch: int = 2, plain: bool = False
+) -> dict[str, float]:
+    """Relative error of output and gradients of the fused path, or the plain one, against float64 on the plain one."""
     x = torch.randn(batch, grid[0] * grid[1], block.layer.embed_dims, device=DEVICE, requires_grad=True)
     upstream = torch.randn_like(x)
-    block.to(DEVICE)
+    block = copy.deepcopy(block).to(DEVICE)
     with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
-        out = run_fused(block, x, grid)
-    out.backward(upstream)
-    found = {'output': out, 'x': x.grad, **{name: p.grad for name, p in block.named_parameters()}}
-    found = {name: value.detach().clone() for name, value in found.items()}
-    block.zero_grad()
+        out = x + block.layer(block.norm(x), grid) if plain else run_fused(block, x, grid)
+    found = gradients(block, out, x, upstream)
     exact = x.detach().double().requires_grad_()
-    block.double()
-    block(exact, grid).backward(upstream.double())
-    block_out = block(exact, grid)
-    expected = {'output': block_out, 'x': exact.grad, **{name: p.grad for name, p in block.named_parameters()}}
+    expected = gradients(block.double(), block(exact, grid), exact, upstream)
     return {name: relative(found[name], value) for name, value in expected.items()}
 
 
@@ -170,8 +177,13 @@ def test_gradients_at_full_width(dims: int, grid: tuple[int, int], reverse: bool
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
+    torch.manual_seed(1)
     errors = compare(block, grid, dtype)
-    assert all(error < 3e-2 for error in errors.values()), errors
+    torch.manual_seed(1)
+    plain = compare(block, grid, dtype, plain=True)
+    # Some gradients are small differences of large terms, most of all the forget gates'. How much the rounding of
+    # activations does to them, the plain modules under the same autocast tell.
+    assert all(errors[name] < max(1e-2, 1.5 * plain[name]) for name in errors), (errors, plain)
 
 
 @pytest.mark.gpu
