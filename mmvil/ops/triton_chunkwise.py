@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_chunkwise_kernels as kernels
+from . import triton_chunkwise_products as products
+from . import triton_chunkwise_states as states_kernels
 from .triton_launch import DeviceLimits, device_limits, dot_precision, empty_rows_like, rows_contiguous
 
 __all__ = [
@@ -44,6 +45,7 @@ class ProductTiles(NamedTuple):
     """Tile sizes of `product_kernel`.
 
     Attributes:
+        stream: Tokens multiplied at a time, a divisor of `Tiles.tile`.
         depth: Channels of a state multiplied at a time.
         pieces: Columns of the result.
         warps: Warps of a program.
@@ -51,6 +53,7 @@ class ProductTiles(NamedTuple):
         registers: Most registers of a thread, None for no limit.
     """
 
+    stream: int
     depth: int
     pieces: Pieces
     warps: int
@@ -169,26 +172,26 @@ def tile_candidates(dim: int, dtype: torch.dtype) -> list[Tiles]:
     pieces = split_dim(dim)
     wide = pieces.wide + pieces.narrow
     rows = 32 if wide <= 128 else 16
-    small_product = ProductTiles(16, _blocks(dim, 32), 4, 1)
+    small_product = ProductTiles(rows, 16, _blocks(dim, 32), 4, 1)
     small_state = StateTiles(pieces, _blocks(dim, 32 if wide <= 256 else 16), 4, 1)
     small = Tiles(rows, 128, small_product, small_product, small_state, small_state)
     if dtype == torch.float32 and wide <= 128:
-        product, state = ProductTiles(16, pieces, 4, 1), StateTiles(pieces, _blocks(dim, 32), 4, 1)
+        product, state = ProductTiles(32, 16, pieces, 4, 1), StateTiles(pieces, _blocks(dim, 32), 4, 1)
         return [Tiles(32, 128, product, product, state, state), small]
     if dtype == torch.float32 or wide > 384:
         return [small]
     scan = ScanTiles()
     if wide <= 128:
-        product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
+        product, state = ProductTiles(64, 32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
         if pieces == Pieces(64, 32):
             state = StateTiles(Pieces(128), pieces, 4, 2)
     elif wide <= 256 and dtype == torch.float16:
-        product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
+        product, state = ProductTiles(64, 32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
     elif wide <= 256:
-        product = ProductTiles(64, pieces if pieces.narrow else Pieces(128, 0, 2), 8, 2)
+        product = ProductTiles(64, 64, pieces if pieces.narrow else Pieces(128, 0, 2), 8, 2)
         state, scan = StateTiles(pieces, _blocks(dim, 64), 8, 2), ScanTiles(2048)
     else:
-        product, state = ProductTiles(64, Pieces(128, 64, 2), 8, 1), StateTiles(pieces, _blocks(dim, 64), 8, 2)
+        product, state = ProductTiles(64, 64, Pieces(128, 64, 2), 8, 1), StateTiles(pieces, _blocks(dim, 64), 8, 2)
     return [Tiles(64, 256, product, product, state, state, scan), small]
 
 
@@ -403,8 +406,8 @@ class _Call:
         """Fill gate, maximum, border and stabiliser."""
         grid, sums = (self.total * self.tile_count,), saved.border.new_empty((2, self.total, self.tile_count))
         constants = {'TILE': self.tiles.tile, 'REVERSE': self.reverse, 'num_warps': 2}
-        kernels.gate_sum_kernel[grid](igate, fgate, sums[0], sums[1], self.length, self.tile_count, **constants)
-        kernels.gate_scan_kernel[grid](
+        states_kernels.gate_sum_kernel[grid](igate, fgate, sums[0], sums[1], self.length, self.tile_count, **constants)
+        states_kernels.gate_scan_kernel[grid](
             igate, fgate, sums[0], sums[1], saved.gate, saved.maximum, saved.write, saved.read, saved.stabiliser,
             saved.border, self.total, self.length, self.tile_count, **constants,
         )  # fmt: skip
@@ -414,10 +417,10 @@ class _Call:
         is_backward = inverse is not None
         tiles = self.tiles.state_gradient if is_backward else self.tiles.state
         made = (inverse, read_inverse, delta) if is_backward else (saved.normaliser,) * 3
-        kernels.chunk_state_kernel[(self.total * self.chunks * tiles.columns.split,)](
+        states_kernels.chunk_state_kernel[(self.total * self.chunks * tiles.rows.split * tiles.columns.split,)](
             x, y, h, states, sums, saved.write, saved.read, saved.border, saved.stabiliser, saved.normaliser,
             *made, *self.strides(x, y, h), self.total, self.heads, self.length, self.chunks, self.eps,
-            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, CA=tiles.columns.wide, CB=tiles.columns.narrow,
+            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, ROW_SPLIT=tiles.rows.split, CA=tiles.columns.wide, CB=tiles.columns.narrow,
             SPLIT=tiles.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile, BACKWARD=is_backward,
             REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
@@ -425,7 +428,7 @@ class _Call:
     def scan_states(self, states, sums, saved, crossing) -> None:
         """Turn contributions into states; backward (crossing given) from the end."""
         tiles, is_backward = self.tiles.scan, crossing is not None
-        kernels.state_scan_kernel[(self.total * (self.scan_blocks + 1),)](
+        states_kernels.state_scan_kernel[(self.total * (self.scan_blocks + 1),)](
             states, sums, saved.states, saved.state_normalisers, saved.border, crossing if is_backward else sums,
             self.total, self.chunks, self.tile_count, PER_CHUNK=self.tiles.chunk // self.tiles.tile,
             STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks, BLOCK=tiles.block,
@@ -438,7 +441,7 @@ class _Call:
         """One of the four products."""
         tiles, inner = self.tiles.output if product == OUTPUT else self.tiles.gradient, split_dim(self.dim)
         unused = saved.normaliser
-        kernels.product_kernel[(self.total * self.tile_count * tiles.pieces.split,)](
+        products.product_kernel[(self.total * self.tile_count * tiles.pieces.split,)](
             x, y, z, out, partner, states, sums, saved.gate, saved.maximum, saved.write, read, saved.border,
             saved.stabiliser, saved.normaliser, unused if inverse is None else inverse,
             unused if delta is None else delta, unused if row_dot is None else row_dot,
@@ -446,13 +449,13 @@ class _Call:
             self.eps, DH=self.dim, KA=inner.wide, KB=inner.narrow,
             CA=tiles.pieces.wide, CB=tiles.pieces.narrow, SPLIT=tiles.pieces.split,
             DELTAS=self.tiles.state_gradient.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile,
-            BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision,
+            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision,
             **_options(tiles),
         )  # fmt: skip
 
     def gate_gradients(self, query_dot, key_dot, crossing, fgate, digate, dfgate) -> None:
         """Gradients of both gates from the row products."""
-        kernels.gate_gradient_kernel[(self.total * self.chunks,)](
+        states_kernels.gate_gradient_kernel[(self.total * self.chunks,)](
             query_dot, key_dot, crossing, fgate, digate, dfgate, self.total, self.length, self.chunks, self.scale,
             SPLIT=self.tiles.gradient.pieces.split, BLOCKS=self.scan_blocks, WIDTH=_power_of_two(self.scan_blocks + 1),
             CHUNK=self.tiles.chunk, REVERSE=self.reverse, num_warps=4,

@@ -19,7 +19,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA 
 
 def forced(tile: int, chunk: int, state_rows: Pieces, columns: Pieces, block: int = 256) -> Tiles:
     """Tiles smaller than any the launcher picks, so that short sequences have many tiles, chunks and programs."""
-    product, state = ProductTiles(16, columns, 4, 1), StateTiles(state_rows, columns, 4, 1)
+    product, state = ProductTiles(min(tile, 32), 16, columns, 4, 1), StateTiles(state_rows, columns, 4, 1)
     return Tiles(tile, chunk, product, product, state, state, ScanTiles(block, 1, 2))
 
 
