@@ -26,6 +26,7 @@ from .triton_chunkwise_states import (
     store_rows,
 )
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 OUTPUT = tl.constexpr(0)
 QUERY_GRADIENT = tl.constexpr(1)
 KEY_GRADIENT = tl.constexpr(2)
@@ -45,14 +46,17 @@ def state_product(accumulator, left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def diagonal_weight(g_high, g_low, highest_high, highest_low, s, t):
+def diagonal_weight(g_high, g_low, highest_high, highest_low, s, t, PAIRS: tl.constexpr):
     """Compute exp(g_s - M_t) where s <= t, else 0; the arguments are already shaped as rows and columns.
 
-    The remainders keep all digits where gates are so steep that g and M are far below the tile's border, yet close to
-    each other.
+    With PAIRS the remainders keep all digits where gates are so steep that g and M are far below the tile's border, yet
+    close to each other. Products of 16-bit numbers are not that exact.
     """
-    exponent = (g_high - highest_high) + (g_low - highest_low)
-    return tl.where(s <= t, tl.exp(tl.minimum(exponent, 0.0)), 0.0)
+    if PAIRS:
+        weight = tl.exp((g_high - highest_high) + (g_low - highest_low))
+    else:
+        weight = tl.exp2(g_high * LOG2_E - highest_high * LOG2_E)
+    return tl.where(s <= t, weight, 0.0)
 
 
 @triton.jit
@@ -165,6 +169,7 @@ def product_kernel(
     """
     MIRRORED: tl.constexpr = PRODUCT >= KEY_GRADIENT
     WITH_DELTA: tl.constexpr = (PRODUCT == QUERY_GRADIENT) | (PRODUCT == KEY_GRADIENT)
+    PAIRS: tl.constexpr = x.dtype.element_ty == tl.float32
     EXACT: tl.constexpr = KA + KB == DH
     EXACT_OUT: tl.constexpr = (CA + CB) * SPLIT == DH
     block = tl.program_id(0) % SPLIT
@@ -255,12 +260,12 @@ def product_kernel(
             over = tl.load(inverse + place, mask=present, other=0.0) * scale
             product *= over[None, :] * diagonal_weight(
                 row_high[:, None], row_low[:, None], high[None, :], low[None, :],
-                (first + rows - start)[:, None], streamed[None, :],
+                (first + rows - start)[:, None], streamed[None, :], PAIRS,
             )  # fmt: skip
         else:
             product *= scale * diagonal_weight(
                 high[None, :], low[None, :], row_high[:, None], row_low[:, None],
-                streamed[None, :], (first + rows - start)[:, None],
+                streamed[None, :], (first + rows - start)[:, None], PAIRS,
             )  # fmt: skip
         out_a, out_b, sums = add_product(
             out_a, out_b, sums, product, row_start(z_base, start, length, z_row * UNIT, REVERSE), streamed, z_step,

@@ -22,6 +22,8 @@ factors <= 1 and need no rescaling.
 import triton
 import triton.language as tl
 
+from .triton_gates import larger, log_sigmoid
+
 NEGLIGIBLE = tl.constexpr(-1e30)
 """Stands for minus infinity: differences with it stay finite in float64, and exp of them is 0."""
 GATE_FLOOR = tl.constexpr(-1e5)
@@ -30,31 +32,6 @@ LARGEST_EXPONENT = tl.constexpr(88.2)
 """exp of more leaves float32; h is 0 where the denominator would."""
 BORDER_BLOCK = tl.constexpr(256)
 """Tiles looked at together when the gates of earlier tiles are summed."""
-
-
-@triton.jit
-def larger(first, second):
-    return tl.maximum(first, second)
-
-
-@triton.jit
-def log_sigmoid(x):
-    """Compute log(sigmoid(x)) in float32 with a small relative error.
-
-    log1p(e) = 2 atanh(e / (2 + e)) as a series: log(1 + e) would round to multiples of 1e-7, a bias that grows with S.
-    """
-    decayed = tl.exp(-tl.abs(x))
-    ratio = decayed / (2.0 + decayed)
-    square = ratio * ratio
-    series = 1.0 / 17.0 * square + 1.0 / 15.0
-    series = series * square + 1.0 / 13.0
-    series = series * square + 1.0 / 11.0
-    series = series * square + 1.0 / 9.0
-    series = series * square + 1.0 / 7.0
-    series = series * square + 1.0 / 5.0
-    series = series * square + 1.0 / 3.0
-    series = series * square + 1.0
-    return tl.minimum(x, 0.0) - 2.0 * ratio * series
 
 
 @triton.jit

@@ -27,7 +27,7 @@ __all__ = ['backward', 'empty_saved', 'forward', 'tile_candidates']
 STATS_PLANES = 7
 ROW_PLANES = 5
 BLOCK = 64
-SCAN_SPAN = 256
+SCAN_SPAN, SCAN_WARPS = 256, 4
 
 # Fastest first, by kernel and largest DA + DB, measured on one H100 (benchmarks/results/mlstm_tiles_h100.json). The
 # last entry of each list is the smallest and fits 64 KiB of shared memory a program (float32 above DH 256: 72 KiB).
@@ -132,7 +132,7 @@ def forward(
     sign = int(reverse)
     pitch = triton.cdiv(length, BLOCK)
     plane = batch * heads * pitch
-    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, SPAN=SCAN_SPAN)
+    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, SPAN=SCAN_SPAN, num_warps=SCAN_WARPS)
     alignment = row_alignment(q, k, v, h)
     strides = row_strides(alignment, q, k, v, h)
     constants = _shared_constants(q, alignment)
@@ -215,6 +215,6 @@ def backward(
         candidates = tile_candidates(name, dim, q.element_size(), limits) if key_tiles is None else [key_tiles]
         launch_first_fitting(candidates, functools.partial(launch_key, with_k, with_v))
     kernels.gate_gradient_kernel[(batch * heads,)](
-        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=SCAN_SPAN
+        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=SCAN_SPAN, num_warps=SCAN_WARPS
     )
     return dq, dk, dv, digate, dfgate
