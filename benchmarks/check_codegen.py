@@ -1,6 +1,6 @@
-"""Compile the chunkwise mLSTM kernels for a GPU that need not be there, and look at the machine code.
+"""Compile the mLSTM kernels for a GPU that need not be there, and look at the machine code.
 
-Prints registers, spills and shared memory of every kernel that a head size and dtype use, and fails if a kernel does
+Prints registers, spills and shared memory of every kernel and tile setting of a head size and dtype, and fails if one does
 not compile, needs more shared memory than the card has, or multiplies matrices whose descriptor was never set up: ptxas
 12.8 drops the set-up in some of these kernels, which then read outside of shared memory.
 
@@ -22,6 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.runtime.jit import JITFunction
+
+from mmvil.ops import triton_chunkwise, triton_quadratic
+from mmvil.ops.triton_launch import DeviceLimits, head_pieces
 
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
 INSTRUCTION = re.compile(r'^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\S+\s+)?([A-Z0-9_.]+)\s*(.*?);')
@@ -191,6 +194,7 @@ def unset_descriptors(assembly: str) -> Iterator[str]:
 
 def compile_only(capability: int, problems: list[str]) -> Callable:
     """Replacement for `kernel[grid]` that compiles, reports and launches nothing."""
+    seen: set[str] = set()
 
     def subscript(self: JITFunction, grid: tuple) -> Callable:
         def compile_and_report(*arguments: object, **constants: object) -> None:
@@ -199,6 +203,9 @@ def compile_only(capability: int, problems: list[str]) -> Callable:
             )
             kernel = self.warmup(*arguments, grid=grid, **constants)
             kernel = kernel.result() if hasattr(kernel, 'result') else kernel
+            if kernel.hash in seen:
+                return
+            seen.add(kernel.hash)
             usage = disassemble('cuobjdump', ['-res-usage'], kernel.asm['cubin'])
             registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
             shared = kernel.metadata.shared
@@ -213,29 +220,54 @@ def compile_only(capability: int, problems: list[str]) -> Callable:
     return subscript
 
 
+def compile_chunkwise(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits: DeviceLimits) -> None:
+    """Compile every tile setting of the chunkwise form that the card has the shared memory for."""
+    dim, dtype = dh.shape[-1], dh.dtype
+    for tiles in triton_chunkwise.tile_candidates(dim, dtype):
+        if triton_chunkwise.shared_memory_needed(tiles, dim, dtype) <= limits.shared_memory:
+            print(f' {tiles}')
+            h, saved = triton_chunkwise.forward(*inputs, True, 1e-6, tiles)
+            triton_chunkwise.backward(dh, *inputs, h, saved, True, 1e-6, tiles)
+
+
+def compile_quadratic(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits: DeviceLimits) -> None:
+    """Compile every tile setting of the quadratic form that the card may have the shared memory for."""
+    dim, size = dh.shape[-1], dh.element_size()
+    joint = sum(head_pieces(dim)) <= triton_quadratic.JOINT_KEY_COLUMNS
+    h, saved = triton_quadratic.forward(*inputs, True, 1e-6)
+    for name in ('forward', 'query', 'key', 'value'):
+        for tiles in triton_quadratic.tile_candidates(name, dim, size, limits, is_long=True):
+            print(f' {name} {tiles}')
+            if name == 'forward':
+                triton_quadratic.forward(*inputs, True, 1e-6, tiles)
+            elif name == 'query':
+                triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, query_tiles=tiles)
+            elif name == 'key' or not joint:
+                triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, key_tiles=tiles, joint=joint)
+
+
 def main() -> int:
     """Compile everything that was asked for; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--capability', type=int, default=90, choices=sorted(SHARED_MEMORY))
     parser.add_argument('--dims', type=int, nargs='+', default=[96, 192, 384])
     parser.add_argument('--dtypes', nargs='+', default=['bfloat16'], choices=['bfloat16', 'float16', 'float32'])
+    parser.add_argument('--forms', nargs='+', default=['chunkwise', 'quadratic'], choices=['chunkwise', 'quadratic'])
     options = parser.parse_args()
     triton.runtime.driver.set_active(AbsentDevice(options.capability))
     problems: list[str] = []
     JITFunction.__getitem__ = compile_only(options.capability, problems)
 
-    from mmvil.ops import triton_chunkwise
-    from mmvil.ops.triton_launch import DeviceLimits
-
     limits = DeviceLimits(divmod(options.capability, 10), SHARED_MEMORY[options.capability], 1)
     for dim in options.dims:
         for dtype in (getattr(torch, x) for x in options.dtypes):
-            tiles = triton_chunkwise.choose_tiles(dim, dtype, limits)
             print(f'DH {dim}, {dtype}, capability {options.capability}, Triton {triton.__version__}')
             q, k, v, dh = (torch.empty(1, 1000, 4, dim, dtype=dtype).transpose(1, 2) for _ in range(4))
-            igate, fgate = torch.empty(2, 1, 4, 1000)
-            h, saved = triton_chunkwise.forward(q, k, v, igate, fgate, True, 1e-6, tiles)
-            triton_chunkwise.backward(dh, q, k, v, igate, fgate, h, saved, True, 1e-6, tiles)
+            inputs = q, k, v, *torch.empty(2, 1, 4, 1000)
+            if 'chunkwise' in options.forms:
+                compile_chunkwise(inputs, dh, limits)
+            if 'quadratic' in options.forms:
+                compile_quadratic(inputs, dh, limits)
     print('\n'.join(problems) or 'nothing found')
     return 1 if problems else 0
 

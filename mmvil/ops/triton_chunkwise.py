@@ -65,13 +65,15 @@ class StateTiles(NamedTuple):
     """Tile sizes of `chunk_state_kernel`.
 
     Attributes:
-        rows: Rows of a state, held by every program (split 1).
-        columns: Columns of a state.
+        stream: Tokens added at a time, a divisor of `Tiles.tile`.
+        rows: Rows of a state.
+        columns: Columns of a state; there are rows.split * columns.split programs.
         warps: Warps of a program.
         stages: Loads in flight.
         registers: Most registers of a thread, None for no limit.
     """
 
+    stream: int
     rows: Pieces
     columns: Pieces
     warps: int
@@ -159,8 +161,8 @@ def split_dim(dim: int) -> Pieces:
 def tile_candidates(dim: int, dtype: torch.dtype) -> list[Tiles]:
     """List the tile sizes for DH and dtype.
 
-    With tiles of 64 tokens on Hopper, one stage and pieces of 32 columns must not meet: ptxas 12.8 leaves a register of
-    a matrix descriptor unset there, and the kernel reads outside of shared memory.
+    Not every size is safe on Hopper: ptxas 12.8 leaves some matrix descriptors unset, mostly those of pieces of 32
+    columns. `benchmarks/check_codegen.py` finds such kernels.
 
     Args:
         dim: DH, 1 to 512.
@@ -173,26 +175,46 @@ def tile_candidates(dim: int, dtype: torch.dtype) -> list[Tiles]:
     wide = pieces.wide + pieces.narrow
     rows = 32 if wide <= 128 else 16
     small_product = ProductTiles(rows, 16, _blocks(dim, 32), 4, 1)
-    small_state = StateTiles(pieces, _blocks(dim, 32 if wide <= 256 else 16), 4, 1)
+    small_state = StateTiles(rows, pieces, _blocks(dim, 32 if wide <= 256 else 16), 4, 1)
     small = Tiles(rows, 128, small_product, small_product, small_state, small_state)
     if dtype == torch.float32 and wide <= 128:
-        product, state = ProductTiles(32, 16, pieces, 4, 1), StateTiles(pieces, _blocks(dim, 32), 4, 1)
+        product, state = ProductTiles(32, 16, pieces, 4, 1), StateTiles(32, pieces, _blocks(dim, 32), 4, 1)
         return [Tiles(32, 128, product, product, state, state), small]
     if dtype == torch.float32 or wide > 384:
         return [small]
-    scan = ScanTiles()
+    if dtype == torch.float16:
+        return [*_float16_tiles(dim, pieces), small]
+    return [*_bfloat16_tiles(dim, pieces), small]
+
+
+def _float16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
+    """Tile sizes for float16, whose states are multiplied as TF32."""
+    if pieces.wide + pieces.narrow > 256:
+        return []
+    product, state = ProductTiles(64, 32, pieces, 4, 2), StateTiles(64, pieces, _blocks(dim, 32), 4, 2)
+    return [Tiles(64, 256, product, product, state, state)]
+
+
+def _bfloat16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
+    """Tile sizes for bfloat16, by time on one H100 (benchmarks/results/mlstm_h100.json)."""
+    wide = pieces.wide + pieces.narrow
+    scan = ScanTiles(256, 1, 8)
     if wide <= 128:
-        product, state = ProductTiles(64, 32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
-        if pieces == Pieces(64, 32):
-            state = StateTiles(Pieces(128), pieces, 4, 2)
-    elif wide <= 256 and dtype == torch.float16:
-        product, state = ProductTiles(64, 32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
-    elif wide <= 256:
-        product = ProductTiles(64, 64, pieces if pieces.narrow else Pieces(128, 0, 2), 8, 2)
-        state, scan = StateTiles(pieces, _blocks(dim, 64), 8, 2), ScanTiles(2048)
-    else:
-        product, state = ProductTiles(64, 64, Pieces(128, 64, 2), 8, 1), StateTiles(pieces, _blocks(dim, 64), 8, 2)
-    return [Tiles(64, 256, product, product, state, state, scan), small]
+        whole = max(SMALLEST_PIECE, 1 << (dim - 1).bit_length())
+        product = ProductTiles(32, 32, pieces, 4, 3, 168 if pieces.narrow else None)
+        state = StateTiles(64, Pieces(whole), _blocks(dim, 64 if whole > 32 else 32), 4, 3)
+        return [Tiles(64, 256, product, product, state, state, scan)]
+    if wide == 256:
+        product, state = ProductTiles(64, 64, Pieces(128, 0, 2), 8, 2), StateTiles(64, pieces, _blocks(dim, 64), 8, 2)
+        return [Tiles(64, 256, product, product, state, state, scan)]
+    if wide == 192:
+        product, state = ProductTiles(32, 32, pieces, 4, 3), StateTiles(64, pieces, _blocks(dim, 64), 4, 3)
+        return [Tiles(64, 256, product, product, state, StateTiles(64, pieces, Pieces(64, 32, 2), 8, 3), scan)]
+    product = ProductTiles(32, 32, Pieces(128, 64, 2), 8, 2)
+    state = StateTiles(64, Pieces(128, 64, 2), _blocks(dim, 64), 4, 3)
+    large = Tiles(128, 256, product, product, state, StateTiles(64, pieces, _blocks(dim, 64), 8, 2), scan)
+    product = ProductTiles(32, 32, Pieces(128, 0, 3), 4, 2)
+    return [large, large._replace(tile=64, output=product, gradient=product)]
 
 
 def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
@@ -208,17 +230,19 @@ def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
     """
     inner = split_dim(dim)
     inner = inner.wide + inner.narrow
-    needed, vectors = [4096], 0 if tiles.output.stages == 1 else 2048
+    needed, size = [4096], dtype.itemsize
+    state_size = 2 if dtype == torch.bfloat16 else 4
     for product in (tiles.output, tiles.gradient):
         outer = product.pieces.wide + product.pieces.narrow
         streamed = product.stages * (inner + outer) if product.stages > 1 else max(inner, outer)
-        from_state = product.stages * product.depth * (tiles.tile + outer)
-        needed.append((tiles.tile * inner + max(tiles.tile * streamed, from_state)) * dtype.itemsize + vectors)
+        from_state = product.stages * product.depth * (tiles.tile * size + outer * state_size)
+        vectors = 0 if product.stages == 1 else 2048
+        needed.append(tiles.tile * inner * size + max(product.stream * streamed * size, from_state) + vectors)
     for state in (tiles.state, tiles.state_gradient):
         rows, columns = state.rows.wide + state.rows.narrow, state.columns.wide + state.columns.narrow
-        scaled = tiles.tile * (2 * rows if dtype == torch.bfloat16 else 4 * (rows + columns))
-        loaded = state.stages * tiles.tile * columns * dtype.itemsize + 10240 if state.stages > 1 else 0
-        needed.append(loaded + scaled)
+        loaded = state.stages * (rows + 2 * columns) * size if state.stages > 1 else 0
+        converted = columns * size if dtype == torch.bfloat16 else 4 * (rows + columns)
+        needed.append(state.stream * (loaded + converted) + 2048)
     return max(needed)
 
 
@@ -420,9 +444,10 @@ class _Call:
         states_kernels.chunk_state_kernel[(self.total * self.chunks * tiles.rows.split * tiles.columns.split,)](
             x, y, h, states, sums, saved.write, saved.read, saved.border, saved.stabiliser, saved.normaliser,
             *made, *self.strides(x, y, h), self.total, self.heads, self.length, self.chunks, self.eps,
-            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, ROW_SPLIT=tiles.rows.split, CA=tiles.columns.wide, CB=tiles.columns.narrow,
-            SPLIT=tiles.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile, BACKWARD=is_backward,
-            REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision, **_options(tiles),
+            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, ROW_SPLIT=tiles.rows.split,
+            CA=tiles.columns.wide, CB=tiles.columns.narrow, SPLIT=tiles.columns.split, CHUNK=self.tiles.chunk,
+            TILE=self.tiles.tile, STREAM=tiles.stream, BACKWARD=is_backward, REVERSE=self.reverse,
+            UNIT=self.unit, PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
 
     def scan_states(self, states, sums, saved, crossing) -> None:
@@ -449,8 +474,8 @@ class _Call:
             self.eps, DH=self.dim, KA=inner.wide, KB=inner.narrow,
             CA=tiles.pieces.wide, CB=tiles.pieces.narrow, SPLIT=tiles.pieces.split,
             DELTAS=self.tiles.state_gradient.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile,
-            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision,
-            **_options(tiles),
+            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit,
+            PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
 
     def gate_gradients(self, query_dot, key_dot, crossing, fgate, digate, dfgate) -> None:

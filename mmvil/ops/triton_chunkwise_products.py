@@ -70,24 +70,21 @@ def add_parts(base, part_stride, offset, mask, PARTS: tl.constexpr):
 
 @triton.jit
 def from_state(
-    x_start, x_step, rows, left, state, state_normaliser, row_delta, column_a, column_b, depth,
-    DH: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    x_start, x_step, rows, left, state, column_a, column_b, depth, DH: tl.constexpr, CA: tl.constexpr,
+    CB: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What positions of other chunks contribute, through their state: x @ state or x @ state^T, unscaled.
 
-    `depth` is DH, or 0 where there is no other chunk.
+    `depth` is DH, or 0 where there is no other chunk. x must not be used for anything but the product here: Triton 3.6
+    then gives a pipelined operand one buffer too few, and loads overwrite it while the tensor cores still read.
     """
-    TRANSPOSED: tl.constexpr = (PRODUCT == QUERY_GRADIENT) | (PRODUCT == KEY_GRADIENT)
     EVEN: tl.constexpr = DH % BK == 0
-    out_a, sums = tl.zeros([TILE, CA], tl.float32), tl.zeros([TILE], tl.float32)
-    out_b = tl.zeros([TILE, CB], tl.float32) if CB > 0 else sums
+    out_a = tl.zeros([TILE, CA], tl.float32)
+    out_b = tl.zeros([TILE, CB], tl.float32) if CB > 0 else out_a
     for begin in range(0, depth, BK):
         inner = begin + tl.arange(0, BK)
         x = load_rows(x_start, rows, inner, x_step, left, DH, False, EVEN)
-        if PRODUCT == OUTPUT:
-            state_sums = tl.load(state_normaliser + inner, mask=inner < DH, other=0.0)
-            sums += tl.sum(x.to(tl.float32) * state_sums[None, :], 1)
         if TRANSPOSED:
             state_a = load_columns(state, column_a, inner, DH, DH, DH, EVEN, EXACT)
         else:
@@ -99,15 +96,19 @@ def from_state(
             else:
                 state_b = load_rows(state, inner, column_b, DH, DH, DH, EVEN, EXACT)
             out_b = state_product(out_b, x, state_b, PRECISION)
-    if TRANSPOSED:
-        factor = row_delta if PRODUCT == QUERY_GRADIENT else tl.full([TILE], 1.0, tl.float32)
-        present = depth > 0
-        sums_a = tl.load(state_normaliser + column_a, mask=(column_a < DH) & present, other=0.0)
-        out_a += factor[:, None] * sums_a[None, :]
-        if CB > 0:
-            sums_b = tl.load(state_normaliser + column_b, mask=(column_b < DH) & present, other=0.0)
-            out_b += factor[:, None] * sums_b[None, :]
-    return out_a, out_b, sums
+    return out_a, out_b
+
+
+@triton.jit
+def add_normaliser(out, sums, columns, factor, present, DH: tl.constexpr):
+    """Add factor * the state's normaliser to each row."""
+    return out + factor[:, None] * tl.load(sums + columns, mask=(columns < DH) & present, other=0.0)[None, :]
+
+
+@triton.jit
+def row_product(x, sums, columns, present, DH: tl.constexpr):
+    """Multiply rows x with the state's normaliser."""
+    return tl.sum(x.to(tl.float32) * tl.load(sums + columns, mask=(columns < DH) & present, other=0.0)[None, :], 1)
 
 
 @triton.jit
@@ -214,10 +215,21 @@ def product_kernel(
     column_a = block * (CA + CB) + tl.arange(0, CA)
     column_b = block * (CA + CB) + CA + tl.arange(0, CB) if CB > 0 else column_a
     state_index = head * chunks + chunk
-    out_a, out_b, sums = from_state(
-        x_start, x_step, rows, left, states + state_index.to(tl.int64) * DH * DH, state_normalisers + state_index * DH,
-        row_delta, column_a, column_b, depth, DH, CA, CB, TILE, BK, PRODUCT, EXACT_OUT, PRECISION,
+    state_sums, present = state_normalisers + state_index * DH, depth > 0
+    sums = tl.zeros([TILE], tl.float32)
+    if PRODUCT == OUTPUT:
+        sums = row_product(x_a, state_sums, in_a, present, DH)
+        if KB > 0:
+            sums += row_product(x_b, state_sums, in_b, present, DH)
+    out_a, out_b = from_state(
+        x_start, x_step, rows, left, states + state_index.to(tl.int64) * DH * DH, column_a, column_b, depth,
+        DH, CA, CB, TILE, BK, WITH_DELTA, EXACT_OUT, PRECISION,
     )  # fmt: skip
+    if WITH_DELTA:
+        factor = row_delta if PRODUCT == QUERY_GRADIENT else tl.full([TILE], 1.0, tl.float32)
+        out_a = add_normaliser(out_a, state_sums, column_a, factor, present, DH)
+        if CB > 0:
+            out_b = add_normaliser(out_b, state_sums, column_b, factor, present, DH)
     out_a *= carry
     sums *= carry
     if CB > 0:
@@ -228,7 +240,8 @@ def product_kernel(
         there = tl.load(borders + start // TILE + (0 if MIRRORED else 1))
         fade = clamped_exp(reference - there if MIRRORED else there - reference) * scale
         # Before the own tile every row exists; after it, rows beyond the end have factor 0.
-        factor = tl.load((read if MIRRORED else write) + offset + start + streamed, mask=streamed < length - start, other=0.0)
+        streamed_weight = read if MIRRORED else write
+        factor = tl.load(streamed_weight + offset + start + streamed, mask=streamed < length - start, other=0.0)
         product = scores(
             x_a, x_b, row_start(y_base, start, length, y_row * UNIT, REVERSE), streamed, y_step, length - start,
             in_a, in_b, row_delta, delta, part_stride, offset + start + streamed, DH, KB, DELTAS, PRODUCT,
@@ -248,16 +261,16 @@ def product_kernel(
     row_high = tl.load(own + position, mask=known, other=0.0)
     row_low = tl.load(own + part_stride + position, mask=known, other=0.0)
     for start in range(first, tl.minimum(first + TILE, length), STREAM):
-        present = streamed < length - start
+        inside = streamed < length - start
         place = offset + start + streamed
-        high = tl.load(other + place, mask=present, other=0.0)
-        low = tl.load(other + part_stride + place, mask=present, other=0.0)
+        high = tl.load(other + place, mask=inside, other=0.0)
+        low = tl.load(other + part_stride + place, mask=inside, other=0.0)
         product = scores(
             x_a, x_b, row_start(y_base, start, length, y_row * UNIT, REVERSE), streamed, y_step, length - start,
             in_a, in_b, row_delta, delta, part_stride, place, DH, KB, DELTAS, PRODUCT, False, EXACT, PRECISION,
         )  # fmt: skip
         if MIRRORED:
-            over = tl.load(inverse + place, mask=present, other=0.0) * scale
+            over = tl.load(inverse + place, mask=inside, other=0.0) * scale
             product *= over[None, :] * diagonal_weight(
                 row_high[:, None], row_low[:, None], high[None, :], low[None, :],
                 (first + rows - start)[:, None], streamed[None, :], PAIRS,

@@ -145,6 +145,7 @@ def load_columns(base, rows, columns, step, rows_left, DH: tl.constexpr, WHOLE: 
 
 @triton.jit
 def store_rows(base, rows, columns, step, rows_left, values, DH: tl.constexpr):
+    """Write [rows, columns] of a tile whose first row is at base, in base's dtype."""
     mask = (rows[:, None] < rows_left) & (columns[None, :] < DH)
     tl.store(base + rows[:, None] * step + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
 
@@ -189,6 +190,7 @@ def weighted_sum(accumulator, left, weight, PRECISION: tl.constexpr):
 
 @triton.jit
 def store_state(base, rows, columns, state, DH: tl.constexpr):
+    """Write a block of a state, in base's dtype."""
     mask = (rows[:, None] < DH) & (columns[None, :] < DH)
     tl.store(base + rows[:, None] * DH + columns[None, :], state.to(base.dtype.element_ty), mask=mask)
 
@@ -204,13 +206,14 @@ def chunk_state_kernel(
     x_batch, x_head, x_row, y_batch, y_head, y_row, h_batch, h_head, h_row,
     total_heads, heads, length, chunks, eps,
     DH: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, ROW_SPLIT: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
-    SPLIT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BACKWARD: tl.constexpr, REVERSE: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, STREAM: tl.constexpr, BACKWARD: tl.constexpr,
+    REVERSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one chunk adds to the state after it (k v^T), or to the gradient of the state before it (q dh^T).
 
-    ROW_SPLIT * SPLIT programs hold RA + RB rows and CA + CB columns of it each. Backward, delta and 1 / d are made on
-    the way: each program of the first rows sums delta over its own columns, whose readers add the parts.
+    ROW_SPLIT * SPLIT programs hold RA + RB rows and CA + CB columns of it each, and read STREAM tokens at a time.
+    Backward, delta and 1 / d are made on the way: each program of the first rows sums delta over its own columns, whose
+    readers add the parts. x is used as an operand alone and y in registers alone, for the reason in `from_state`.
     """
     EXACT_ROWS: tl.constexpr = (RA + RB) * ROW_SPLIT == DH
     EXACT: tl.constexpr = (CA + CB) * SPLIT == DH
@@ -225,7 +228,7 @@ def chunk_state_kernel(
     y_step = -y_row * UNIT if REVERSE else y_row * UNIT
     h_step = -h_row * UNIT if REVERSE else h_row * UNIT
     row_offset = head.to(tl.int64) * length
-    rows, in_a = tl.arange(0, TILE), row_block * (RA + RB) + tl.arange(0, RA)
+    rows, in_a = tl.arange(0, STREAM), row_block * (RA + RB) + tl.arange(0, RA)
     column_a = block * (CA + CB) + tl.arange(0, CA)
     state_aa = tl.zeros([RA, CA], tl.float32)
     normaliser_a = tl.zeros([RA, 16], tl.float32)
@@ -243,7 +246,7 @@ def chunk_state_kernel(
     borders = border + head * (tiles + 1)
     near = chunk * (CHUNK // TILE) if BACKWARD else tl.minimum(chunk * (CHUNK // TILE) + CHUNK // TILE, tiles)
     reference = tl.load(borders + near)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length), TILE):
+    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, length), STREAM):
         left = length - start
         inside = rows < left
         y_start = row_start(y_base, start, length, y_row * UNIT, REVERSE)
@@ -273,7 +276,7 @@ def chunk_state_kernel(
         else:
             fade = clamped_exp(tl.load(borders + start // TILE + 1) - reference)
             weight = tl.load(write + position, mask=inside, other=0.0) * fade
-            slope = tl.full([TILE], 1.0, tl.float32)
+            slope = tl.full([STREAM], 1.0, tl.float32)
 
         x_start = row_start(x_base, start, length, x_row * UNIT, REVERSE)
         x_a = load_rows(x_start, rows, in_a, x_step, left, DH, False, EXACT_ROWS)

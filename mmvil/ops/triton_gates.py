@@ -6,6 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def larger(first, second):
+    """Combine two values of a running maximum."""
     return tl.maximum(first, second)
 
 

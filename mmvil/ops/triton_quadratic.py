@@ -27,7 +27,8 @@ __all__ = ['backward', 'empty_saved', 'forward', 'tile_candidates']
 STATS_PLANES = 7
 ROW_PLANES = 5
 BLOCK = 64
-SCAN_SPAN, SCAN_WARPS = 256, 4
+SCAN_SPANS = (256, 1024)
+GRADIENT_SPAN = 256
 
 # Fastest first, by kernel and largest DA + DB, measured on one H100 (benchmarks/results/mlstm_tiles_h100.json). The
 # last entry of each list is the smallest and fits 64 KiB of shared memory a program (float32 above DH 256: 72 KiB).
@@ -53,6 +54,12 @@ HALF_TILES: dict[str, dict[int, list[Tiles]]] = {
         512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
     },
 }
+# From LONG_TOKENS on, where the L2 cache limits the kernels: 128 rows read keys and values half as often.
+LONG_TOKENS = 512
+LONG_HALF_TILES: dict[str, dict[int, list[Tiles]]] = {
+    'forward': {128: [Tiles(128, 32, 8, 3, 16, 128)]},
+    'query': {128: [Tiles(128, 32, 8, 2, 16, 128)]},
+}
 # IEEE float32 products run on the plain cores: small tiles keep operands in registers.
 FLOAT_TILES: dict[int, list[Tiles]] = {
     128: [Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)],
@@ -63,7 +70,9 @@ JOINT_KEY_COLUMNS = 128
 
 
 @functools.lru_cache(maxsize=64)
-def tile_candidates(kernel: str, head_dim: int, item_size: int, limits: DeviceLimits) -> list[Tiles]:
+def tile_candidates(
+    kernel: str, head_dim: int, item_size: int, limits: DeviceLimits, is_long: bool = False
+) -> list[Tiles]:
     """Tile settings for one kernel on one device, fastest first.
 
     Args:
@@ -71,13 +80,16 @@ def tile_candidates(kernel: str, head_dim: int, item_size: int, limits: DeviceLi
         head_dim: DH.
         item_size: Bytes per element of q.
         limits: The device's limits.
+        is_long: Whether there are LONG_TOKENS or more.
 
     Returns:
         At least one setting.
     """
     columns = sum(head_pieces(head_dim))
     table = FLOAT_TILES if item_size == 4 else HALF_TILES[kernel]
-    candidates = next(tiles for limit, tiles in sorted(table.items()) if columns <= limit)
+    limit, candidates = next(item for item in sorted(table.items()) if columns <= item[0])
+    if is_long and item_size < 4:
+        candidates = LONG_HALF_TILES.get(kernel, {}).get(limit, []) + candidates
     held = 2 if kernel == 'key' else 1
 
     def bytes_needed(tiles: Tiles) -> int:
@@ -103,6 +115,14 @@ def _shared_constants(q: Tensor, alignment: int) -> dict[str, object]:
     """Compile-time arguments that every kernel here takes."""
     first, second = head_pieces(q.shape[-1])
     return {'DH': q.shape[-1], 'DA': first, 'DB': second, 'ALIGN': alignment, 'PRECISION': dot_precision(q.dtype)}
+
+
+def _tiles(given: Tiles | None, kernel: str, q: Tensor) -> list[Tiles]:
+    """Tile settings to try for q: the given ones, or the table's."""
+    if given is not None:
+        return [given]
+    length, dim = q.shape[-2:]
+    return tile_candidates(kernel, dim, q.element_size(), device_limits(q.device), length >= LONG_TOKENS)
 
 
 def forward(
@@ -132,7 +152,9 @@ def forward(
     sign = int(reverse)
     pitch = triton.cdiv(length, BLOCK)
     plane = batch * heads * pitch
-    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, SPAN=SCAN_SPAN, num_warps=SCAN_WARPS)
+    kernels.gate_scan_kernel[(batch * heads,)](
+        igate, fgate, stats, length, pitch, plane, sign, SHORT_SPAN=SCAN_SPANS[0], LONG_SPAN=SCAN_SPANS[1]
+    )
     alignment = row_alignment(q, k, v, h)
     strides = row_strides(alignment, q, k, v, h)
     constants = _shared_constants(q, alignment)
@@ -144,10 +166,7 @@ def forward(
             BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
         )  # fmt: skip
 
-    candidates = (
-        tile_candidates('forward', dim, q.element_size(), device_limits(q.device)) if tiles is None else [tiles]
-    )
-    launch_first_fitting(candidates, launch)
+    launch_first_fitting(_tiles(tiles, 'forward', q), launch)
     return h, (stats,)
 
 
@@ -189,7 +208,6 @@ def backward(
     rows = stats.new_empty((ROW_PLANES, *stats.shape[1:]))
     alignment = row_alignment(q, k, v, h, dh, dq, dk, dv)
     constants = _shared_constants(q, alignment)
-    limits = device_limits(q.device)
 
     def launch_query(tiles: Tiles) -> object:
         grid = (batch * heads * triton.cdiv(length, tiles.rows),)
@@ -207,14 +225,12 @@ def backward(
             BM=tiles.rows, BN=tiles.columns, **tiles.options(),
         )  # fmt: skip
 
-    candidates = tile_candidates('query', dim, q.element_size(), limits) if query_tiles is None else [query_tiles]
-    launch_first_fitting(candidates, launch_query)
+    launch_first_fitting(_tiles(query_tiles, 'query', q), launch_query)
     joint = constants['DA'] + constants['DB'] <= JOINT_KEY_COLUMNS if joint is None else joint
     for with_k, with_v in [(True, True)] if joint else [(True, False), (False, True)]:
         name = 'key' if with_k else 'value'
-        candidates = tile_candidates(name, dim, q.element_size(), limits) if key_tiles is None else [key_tiles]
-        launch_first_fitting(candidates, functools.partial(launch_key, with_k, with_v))
+        launch_first_fitting(_tiles(key_tiles, name, q), functools.partial(launch_key, with_k, with_v))
     kernels.gate_gradient_kernel[(batch * heads,)](
-        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=SCAN_SPAN, num_warps=SCAN_WARPS
+        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=GRADIENT_SPAN
     )
     return dq, dk, dv, digate, dfgate

@@ -28,13 +28,9 @@ G_HI, G_LO, M_HI, M_LO, STABILISER, NORMALISER, WRITE = (tl.constexpr(plane) for
 E_ROW, W_ROW, READ, Q_DQ, K_DK = (tl.constexpr(plane) for plane in range(5))
 
 
-@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
-def gate_scan_kernel(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr):
-    """F = cumsum(log sigmoid(f)), g = i - F, M = cummax(g), m = F + M for one head, in float64 (scalars only).
-
-    igate, fgate (B, NH, S) float32, token order; stats planes g, M, m and key factors in reading order, pitch and
-    plane in blocks. SPAN positions at a time, a multiple of BLOCK. Grid: B * NH.
-    """
+@triton.jit
+def scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr):
+    """`gate_scan_kernel` for one head, SPAN positions at a time."""
     row = tl.program_id(0).to(tl.int64) * S
     stats += tl.program_id(0).to(tl.int64) * pitch * BLOCK
     plane = plane.to(tl.int64) * BLOCK
@@ -64,6 +60,21 @@ def gate_scan_kernel(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.con
         tl.store(out + WRITE * plane, write, mask=padded)
         total += tl.sum(log_forget, 0)
         maximum = tl.maximum(maximum, tl.max(g, 0))
+
+
+@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
+def gate_scan_kernel(
+    igate, fgate, stats, S, pitch, plane, reverse, SHORT_SPAN: tl.constexpr, LONG_SPAN: tl.constexpr
+):  # fmt: skip
+    """F = cumsum(log sigmoid(f)), g = i - F, M = cummax(g), m = F + M for one head, in float64 (scalars only).
+
+    igate, fgate (B, NH, S) float32, token order; stats planes g, M, m and key factors in reading order, pitch and
+    plane in blocks. Spans are multiples of BLOCK; the short one is for sequences that it covers. Grid: B * NH.
+    """
+    if S <= SHORT_SPAN:
+        scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SHORT_SPAN)
+    else:
+        scan_gates(igate, fgate, stats, S, pitch, plane, reverse, LONG_SPAN)
 
 
 @triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
@@ -174,7 +185,7 @@ def gather_rows(
     """sum_{j <= i} (x_i.y_j + e_i) scale exp2(g_j - M_i) z_j for i in [first, first + BM), and the sum of the weights.
 
     stats points at the head's row. Returns pieces (BM, DA), (BM, DB) and, without e, the row sums (BM,). Keys of
-    earlier blocks have no mask, and a weight that is one factor a key times one a query; the query's is left to the end.
+    earlier blocks need no mask, and their weight is one factor a key times one a query, which is left to the end.
     """
     i = first + tl.arange(0, BM)
     top_hi = tl.load(stats + M_HI * plane + i, mask=i < S, other=0.0)
