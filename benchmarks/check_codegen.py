@@ -1,8 +1,8 @@
 """Compile the mLSTM kernels for a GPU that need not be there, and look at the machine code.
 
-Prints registers, spills and shared memory of every kernel and tile setting of a head size and dtype, and fails if one does
-not compile, needs more shared memory than the card has, or multiplies matrices whose descriptor was never set up: ptxas
-12.8 drops the set-up in some of these kernels, which then read outside of shared memory.
+Prints registers, spills and shared memory of every kernel and tile setting of a head size and dtype, and fails if one
+does not compile, needs more shared memory than the card has, or multiplies matrices whose descriptor was never set up:
+ptxas 12.8 drops the set-up in some of these kernels, which then read outside of shared memory.
 
 Example:
     python benchmarks/check_codegen.py --capability 90 --dims 96 192 384 --dtypes bfloat16

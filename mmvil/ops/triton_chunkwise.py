@@ -212,7 +212,7 @@ def _bfloat16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
         return [Tiles(64, 256, product, product, state, StateTiles(64, pieces, Pieces(64, 32, 2), 8, 3), scan)]
     product = ProductTiles(32, 32, Pieces(128, 64, 2), 8, 2)
     state = StateTiles(64, Pieces(128, 64, 2), _blocks(dim, 64), 4, 3)
-    large = Tiles(128, 256, product, product, state, StateTiles(64, pieces, _blocks(dim, 64), 8, 2), scan)
+    large = Tiles(128, 256, product, product, state, StateTiles(64, pieces, _blocks(dim, 64), 8, 2), ScanTiles())
     product = ProductTiles(32, 32, Pieces(128, 0, 3), 4, 2)
     return [large, large._replace(tile=64, output=product, gradient=product)]
 

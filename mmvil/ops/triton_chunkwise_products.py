@@ -226,10 +226,10 @@ def product_kernel(
         DH, CA, CB, TILE, BK, WITH_DELTA, EXACT_OUT, PRECISION,
     )  # fmt: skip
     if WITH_DELTA:
-        factor = row_delta if PRODUCT == QUERY_GRADIENT else tl.full([TILE], 1.0, tl.float32)
-        out_a = add_normaliser(out_a, state_sums, column_a, factor, present, DH)
+        row_factor = row_delta if PRODUCT == QUERY_GRADIENT else tl.full([TILE], 1.0, tl.float32)
+        out_a = add_normaliser(out_a, state_sums, column_a, row_factor, present, DH)
         if CB > 0:
-            out_b = add_normaliser(out_b, state_sums, column_b, factor, present, DH)
+            out_b = add_normaliser(out_b, state_sums, column_b, row_factor, present, DH)
     out_a *= carry
     sums *= carry
     if CB > 0:
