@@ -27,7 +27,7 @@ from mmvil.ops import triton_chunkwise, triton_quadratic
 from mmvil.ops.triton_launch import DeviceLimits, head_pieces
 
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
-INSTRUCTION = re.compile(r'^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\S+\s+)?([A-Z0-9_.]+)\s*(.*?);')
+INSTRUCTION = re.compile(r'^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\S+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);')
 REGISTER = re.compile(r'^(U?R)(\d+)$')
 STACK = re.compile(r'^\[R1(?:\+(0x[0-9a-f]+))?\]$')
 NEVER, UNKNOWN = 'never written', 'unknown'
@@ -91,7 +91,24 @@ def parse(assembly: str) -> list[Instruction]:
         if falls_through and number + 1 < len(lines):
             followers.append(number + 1)
         found.append(Instruction(predicate, opcode, operands, followers))
-    return found
+    return with_swaps(found)
+
+
+def with_swaps(code: list[Instruction]) -> list[Instruction]:
+    """Replace the last of the three exclusive ors that exchange two registers by a swap, and drop the other two."""
+    code, pending = list(code), {}
+    for number, (predicate, opcode, operands, followers) in enumerate(code):
+        if not opcode.endswith('LOP3.LUT') or '0x3c' not in operands:
+            continue
+        pair = frozenset(x for x in operands if REGISTER.match(x))
+        if len(pair) != 2 or operands[0] not in operands[1:3]:
+            continue
+        pending.setdefault(pair, []).append(number)
+        if len(pending[pair]) == 3:
+            for first in pending.pop(pair)[:2]:
+                code[first] = code[first]._replace(opcode='NOP', operands=[''])
+            code[number] = Instruction(predicate, 'SWAP', sorted(pair), followers)
+    return code
 
 
 def word(known: dict[str, Value], operand: str, number: int = 0) -> Value:
@@ -125,6 +142,8 @@ def results(instruction: Instruction, known: dict[str, Value]) -> dict[str, Valu
     if opcode.startswith('STL') and place:
         start = int(place[1] or '0', 16)
         return {f'stack {start + 4 * i}': word(known, operands[1], i) for i in range(width)}
+    if opcode == 'SWAP':
+        return {operands[0]: word(known, operands[1]), operands[1]: word(known, operands[0])}
     first = next((i for i, x in enumerate(operands) if not re.match(r'^!?U?PT?\d*$', x)), 0)
     target, sources = REGISTER.match(operands[first]), operands[first + 1 :]
     if target is None or not sources or opcode.startswith(('ST', 'HGMMA', 'BRA', 'LDGSTS', 'WARPGROUP')):
@@ -134,6 +153,8 @@ def results(instruction: Instruction, known: dict[str, Value]) -> dict[str, Valu
         values = [word(known, sources[0])]
     elif opcode.startswith('IMAD.') and sources[:2] == ['RZ', 'RZ']:
         values = [word(known, sources[2])]
+    elif opcode.startswith('CS2R') and sources[0] == 'SRZ':
+        values = [0] if opcode == 'CS2R.32' else [0, 0]
     elif opcode.startswith('LDL') and STACK.match(sources[0]):
         start = int(STACK.match(sources[0])[1] or '0', 16)
         values = [known.get(f'stack {start + 4 * i}', NEVER) for i in range(width)]
