@@ -149,6 +149,8 @@ def speed_rows(
         rows.append({**shape, **base})
         limit = floor(batch, length, dim, rates)
         for name in names:
+            if 'auto' in names and name == f'triton {choose_form(length, dim)}':
+                continue  # the row of 'auto' is the same
             run = backends(length, dim)[name]
             row = {**shape, 'backend': name, 'runs': choose_form(length, dim) if name == 'auto' else ''}
             rows.append(row)

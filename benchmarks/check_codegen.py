@@ -257,7 +257,7 @@ def compile_quadratic(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits
     joint = sum(head_pieces(dim)) <= triton_quadratic.JOINT_KEY_COLUMNS
     h, saved = triton_quadratic.forward(*inputs, True, 1e-6)
     for name in ('forward', 'query', 'key', 'value'):
-        for tiles in triton_quadratic.tile_candidates(name, dim, size, limits, is_long=True):
+        for tiles in triton_quadratic.tile_candidates(name, dim, size, limits):
             print(f' {name} {tiles}')
             if name == 'forward':
                 triton_quadratic.forward(*inputs, True, 1e-6, tiles)

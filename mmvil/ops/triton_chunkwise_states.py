@@ -348,7 +348,8 @@ def state_scan_kernel(
         column = tl.arange(0, WIDTH)
         known = column < DH
         sums = tl.zeros([WIDTH], tl.float32)
-        LOADS: tl.constexpr = STAGES if PARTS * WIDTH <= 1024 else 2  # all programs pay for this one's shared memory
+        # All programs pay for this one's shared memory.
+        LOADS: tl.constexpr = STAGES if PARTS * WIDTH <= 1024 else 2 if PARTS * WIDTH <= 8192 else 1
         for step in tl.range(0, chunks, num_stages=LOADS):
             chunk = chunks - 1 - step if BACKWARD else step
             address = (head.to(tl.int64) * chunks + chunk) * DH + column

@@ -27,8 +27,8 @@ __all__ = ['backward', 'empty_saved', 'forward', 'tile_candidates']
 STATS_PLANES = 7
 ROW_PLANES = 5
 BLOCK = 64
-SCAN_SPANS = (256, 1024)
-GRADIENT_SPAN = 256
+SCAN_SPANS = {'SHORT_SPAN': 256, 'LONG_SPAN': 1024}
+"""Positions that the scans take at a time: 256 where that is the whole sequence, 1,024 elsewhere."""
 
 # Fastest first, by kernel and largest DA + DB, measured on one H100 (benchmarks/results/mlstm_tiles_h100.json). The
 # last entry of each list is the smallest and fits 64 KiB of shared memory a program (float32 above DH 256: 72 KiB).
@@ -54,12 +54,6 @@ HALF_TILES: dict[str, dict[int, list[Tiles]]] = {
         512: [Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
     },
 }
-# From LONG_TOKENS on, where the L2 cache limits the kernels: 128 rows read keys and values half as often.
-LONG_TOKENS = 512
-LONG_HALF_TILES: dict[str, dict[int, list[Tiles]]] = {
-    'forward': {128: [Tiles(128, 32, 8, 3, 16, 128)]},
-    'query': {128: [Tiles(128, 32, 8, 2, 16, 128)]},
-}
 # IEEE float32 products run on the plain cores: small tiles keep operands in registers.
 FLOAT_TILES: dict[int, list[Tiles]] = {
     128: [Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)],
@@ -70,9 +64,7 @@ JOINT_KEY_COLUMNS = 128
 
 
 @functools.lru_cache(maxsize=64)
-def tile_candidates(
-    kernel: str, head_dim: int, item_size: int, limits: DeviceLimits, is_long: bool = False
-) -> list[Tiles]:
+def tile_candidates(kernel: str, head_dim: int, item_size: int, limits: DeviceLimits) -> list[Tiles]:
     """Tile settings for one kernel on one device, fastest first.
 
     Args:
@@ -80,16 +72,13 @@ def tile_candidates(
         head_dim: DH.
         item_size: Bytes per element of q.
         limits: The device's limits.
-        is_long: Whether there are LONG_TOKENS or more.
 
     Returns:
         At least one setting.
     """
     columns = sum(head_pieces(head_dim))
     table = FLOAT_TILES if item_size == 4 else HALF_TILES[kernel]
-    limit, candidates = next(item for item in sorted(table.items()) if columns <= item[0])
-    if is_long and item_size < 4:
-        candidates = LONG_HALF_TILES.get(kernel, {}).get(limit, []) + candidates
+    candidates = next(tiles for limit, tiles in sorted(table.items()) if columns <= limit)
     held = 2 if kernel == 'key' else 1
 
     def bytes_needed(tiles: Tiles) -> int:
@@ -121,8 +110,7 @@ def _tiles(given: Tiles | None, kernel: str, q: Tensor) -> list[Tiles]:
     """Tile settings to try for q: the given ones, or the table's."""
     if given is not None:
         return [given]
-    length, dim = q.shape[-2:]
-    return tile_candidates(kernel, dim, q.element_size(), device_limits(q.device), length >= LONG_TOKENS)
+    return tile_candidates(kernel, q.shape[-1], q.element_size(), device_limits(q.device))
 
 
 def forward(
@@ -152,9 +140,7 @@ def forward(
     sign = int(reverse)
     pitch = triton.cdiv(length, BLOCK)
     plane = batch * heads * pitch
-    kernels.gate_scan_kernel[(batch * heads,)](
-        igate, fgate, stats, length, pitch, plane, sign, SHORT_SPAN=SCAN_SPANS[0], LONG_SPAN=SCAN_SPANS[1]
-    )
+    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, **SCAN_SPANS)
     alignment = row_alignment(q, k, v, h)
     strides = row_strides(alignment, q, k, v, h)
     constants = _shared_constants(q, alignment)
@@ -231,6 +217,6 @@ def backward(
         name = 'key' if with_k else 'value'
         launch_first_fitting(_tiles(key_tiles, name, q), functools.partial(launch_key, with_k, with_v))
     kernels.gate_gradient_kernel[(batch * heads,)](
-        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=GRADIENT_SPAN
+        fgate, rows, digate, dfgate, length, pitch, plane, sign, **SCAN_SPANS
     )
     return dq, dk, dv, digate, dfgate

@@ -17,15 +17,15 @@ from .triton_gates import larger, log_sigmoid
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Stands for minus infinity where subtracting two infinities would give NaN.
 CLOSED = tl.constexpr(-1e30)
-# Rows of the buffers below are padded to blocks of this many positions, which also aligns them. Between positions of
-# different blocks a weight is a product of factors <= 1: one of the key, one of the query, one of the blocks' borders.
+# Rows of the buffers below are padded to blocks of this many positions, which also aligns them. Products of 16-bit
+# inputs use one float32 relative to M at the block's start instead of a pair: exact enough for them, fewer registers.
 BLOCK = tl.constexpr(64)
 # Planes of the statistics buffer, float32 (7, B * NH, pitch), reading order: g, M, stabiliser m = F + M (natural log),
-# normaliser n, and the key's factor exp2(g_j - (M at the end of j's block)).
-G_HI, G_LO, M_HI, M_LO, STABILISER, NORMALISER, WRITE = (tl.constexpr(plane) for plane in range(7))
-# Planes of the backward buffer, float32 (5, B * NH, pitch): (gradient of n) * denominator, 1 / denominator, the query's
-# factor exp2((M at the start of i's block) - M_i) / denominator, q.dq, k.dk.
-E_ROW, W_ROW, READ, Q_DQ, K_DK = (tl.constexpr(plane) for plane in range(5))
+# normaliser n, and g_j - (M at the start of j's block).
+G_HI, G_LO, M_HI, M_LO, STABILISER, NORMALISER, G_BLOCK = (tl.constexpr(plane) for plane in range(7))
+# Planes of the backward buffer, float32 (5, B * NH, pitch): (gradient of n) * denominator, 1 / denominator,
+# (M at the start of i's block) - M_i - log2(denominator), q.dq, k.dk.
+E_ROW, W_ROW, QUERY_BLOCK, Q_DQ, K_DK = (tl.constexpr(plane) for plane in range(5))
 
 
 @triton.jit
@@ -46,9 +46,8 @@ def scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr
         forget = total + tl.cumsum(log_forget, 0)
         g = tl.where(valid, tl.maximum(i, CLOSED) - forget, CLOSED)
         top = tl.maximum(tl.associative_scan(g, 0, larger), maximum)
-        block_end = tl.max(tl.reshape(top, (SPAN // BLOCK, BLOCK)), 1)
-        relative = (tl.reshape(g, (SPAN // BLOCK, BLOCK)) - block_end[:, None]) * LOG2_E
-        write = tl.exp2(tl.reshape(relative.to(tl.float32), (SPAN,)))
+        block_start = tl.min(tl.reshape(top, (SPAN // BLOCK, BLOCK)), 1)
+        relative = (tl.reshape(g, (SPAN // BLOCK, BLOCK)) - block_start[:, None]) * LOG2_E
         out, padded = stats + position, position < pitch * BLOCK
         g_hi, top_hi = (g * LOG2_E).to(tl.float32), (top * LOG2_E).to(tl.float32)
         tl.store(out + G_HI * plane, g_hi, mask=padded)
@@ -57,7 +56,7 @@ def scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr
         tl.store(out + M_LO * plane, (top * LOG2_E - top_hi.to(tl.float64)).to(tl.float32), mask=padded)
         tl.store(out + STABILISER * plane, (forget + top).to(tl.float32), mask=padded)
         tl.store(out + NORMALISER * plane, tl.zeros((SPAN,), tl.float32), mask=padded & (position >= S))
-        tl.store(out + WRITE * plane, write, mask=padded)
+        tl.store(out + G_BLOCK * plane, tl.reshape(relative.to(tl.float32), (SPAN,)), mask=padded)
         total += tl.sum(log_forget, 0)
         maximum = tl.maximum(maximum, tl.max(g, 0))
 
@@ -68,8 +67,8 @@ def gate_scan_kernel(
 ):  # fmt: skip
     """F = cumsum(log sigmoid(f)), g = i - F, M = cummax(g), m = F + M for one head, in float64 (scalars only).
 
-    igate, fgate (B, NH, S) float32, token order; stats planes g, M, m and key factors in reading order, pitch and
-    plane in blocks. Spans are multiples of BLOCK; the short one is for sequences that it covers. Grid: B * NH.
+    igate, fgate (B, NH, S) float32, token order; stats planes g, M, m and block-relative g in reading order, pitch
+    and plane in blocks. Spans are multiples of BLOCK; the short one is for sequences that it covers. Grid: B * NH.
     """
     if S <= SHORT_SPAN:
         scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SHORT_SPAN)
@@ -77,12 +76,9 @@ def gate_scan_kernel(
         scan_gates(igate, fgate, stats, S, pitch, plane, reverse, LONG_SPAN)
 
 
-@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
-def gate_gradient_kernel(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SPAN: tl.constexpr):
-    """di_j = k_j.dk_j;  df_u = sigmoid(-f_u) * sum over t >= u of (q_t.dq_t - k_t.dk_t), summed in float64.
-
-    rows: the backward buffer; fgate, digate, dfgate (B, NH, S) float32 in token order. Grid: B * NH.
-    """
+@triton.jit
+def sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SPAN: tl.constexpr):
+    """`gate_gradient_kernel` for one head, SPAN positions at a time."""
     row = tl.program_id(0).to(tl.int64) * S
     rows += tl.program_id(0).to(tl.int64) * pitch * BLOCK
     plane = plane.to(tl.int64) * BLOCK
@@ -99,6 +95,20 @@ def gate_gradient_kernel(fgate, rows, digate, dfgate, S, pitch, plane, reverse, 
         tl.store(digate + row + token, from_key, mask=valid)
         tl.store(dfgate + row + token, gradient * tl.sigmoid(-f), mask=valid)
         total += tl.sum(difference, 0)
+
+
+@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
+def gate_gradient_kernel(
+    fgate, rows, digate, dfgate, S, pitch, plane, reverse, SHORT_SPAN: tl.constexpr, LONG_SPAN: tl.constexpr
+):  # fmt: skip
+    """di_j = k_j.dk_j;  df_u = sigmoid(-f_u) * sum over t >= u of (q_t.dq_t - k_t.dk_t), summed in float64.
+
+    rows: the backward buffer; fgate, digate, dfgate (B, NH, S) float32 in token order. Spans and grid as in the scan.
+    """
+    if S <= SHORT_SPAN:
+        sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SHORT_SPAN)
+    else:
+        sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, LONG_SPAN)
 
 
 @triton.jit
@@ -170,13 +180,6 @@ def row_dot(x_a, x_b, y_a, y_b, DB: tl.constexpr):
 
 
 @triton.jit
-def border_fade(stats, plane, first, second):
-    """exp2(M at position first - M at position second)."""
-    high = tl.load(stats + M_HI * plane + first) - tl.load(stats + M_HI * plane + second)
-    return tl.exp2(high + (tl.load(stats + M_LO * plane + first) - tl.load(stats + M_LO * plane + second)))
-
-
-@triton.jit
 def gather_rows(
     x_a, x_b, e, y, y_step, z, z_step, stats, plane, S, first, log_scale,
     WITH_E: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
@@ -184,8 +187,7 @@ def gather_rows(
 ):  # fmt: skip
     """sum_{j <= i} (x_i.y_j + e_i) scale exp2(g_j - M_i) z_j for i in [first, first + BM), and the sum of the weights.
 
-    stats points at the head's row. Returns pieces (BM, DA), (BM, DB) and, without e, the row sums (BM,). Keys of
-    earlier blocks need no mask, and their weight is one factor a key times one a query, which is left to the end.
+    stats points at the head's row. Returns pieces (BM, DA), (BM, DB) and, without e, the row sums (BM,).
     """
     i = first + tl.arange(0, BM)
     top_hi = tl.load(stats + M_HI * plane + i, mask=i < S, other=0.0)
@@ -197,36 +199,18 @@ def gather_rows(
     if DB > 0:
         acc_b = tl.zeros((BM, DB), tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
-    own_block = first // BLOCK * BLOCK
-    scale = tl.exp2(log_scale)
-    for start in range(0, own_block, BN):
+    for start in range(0, tl.minimum(first + BM, S), BN):
         j = start + tl.arange(0, BN)
         y_a, y_b = load_rows(y, y_step, j, S, DH, DA, DB)
         z_a, z_b = load_rows(z, z_step, j, S, DH, DA, DB)
-        fade = border_fade(stats, plane, start // BLOCK * BLOCK + (BLOCK - 1), first)
-        factor = tl.load(stats + WRITE * plane + j) * (fade * scale)
-        p = outer_dot(x_a, x_b, y_a, y_b, DB, PRECISION)
-        if WITH_E:
-            p += e[:, None]
-        p *= factor[None, :]
-        if not WITH_E:
-            row_sum += tl.sum(p, 1)
-        acc_a, acc_b = add_dot(p, z_a, z_b, acc_a, acc_b, DB, PRECISION)
-    read = tl.exp2(-top)
-    row_sum *= read
-    acc_a *= read[:, None]
-    if DB > 0:
-        acc_b *= read[:, None]
-    for start in range(own_block, tl.minimum(first + BM, S), BN):
-        j = start + tl.arange(0, BN)
-        y_a, y_b = load_rows(y, y_step, j, S, DH, DA, DB)
-        z_a, z_b = load_rows(z, z_step, j, S, DH, DA, DB)
-        g_hi = tl.load(stats + G_HI * plane + j, mask=j < S, other=0.0)
-        g_lo = tl.load(stats + G_LO * plane + j, mask=j < S, other=0.0)
         if y.dtype.element_ty == tl.float32:
+            g_hi = tl.load(stats + G_HI * plane + j, mask=j < S, other=0.0)
+            g_lo = tl.load(stats + G_LO * plane + j, mask=j < S, other=0.0)
             weight = (g_hi[None, :] - top_hi[:, None]) + (g_lo[None, :] - top_lo[:, None]) + log_scale
         else:
-            g = (g_hi - first_hi) + (g_lo - first_lo) + log_scale
+            block = stats + (start // BLOCK) * BLOCK
+            block_hi, block_lo = tl.load(block + M_HI * plane), tl.load(block + M_LO * plane)
+            g = tl.load(stats + G_BLOCK * plane + j) + ((block_hi - first_hi) + (block_lo - first_lo) + log_scale)
             weight = g[None, :] - top[:, None]
         p = outer_dot(x_a, x_b, y_a, y_b, DB, PRECISION)
         if WITH_E:
@@ -329,7 +313,7 @@ def query_gradient_tile(
     block_hi = tl.load(stats + M_HI * plane + (i // BLOCK) * BLOCK, mask=i < S, other=0.0)
     block_lo = tl.load(stats + M_LO * plane + (i // BLOCK) * BLOCK, mask=i < S, other=0.0)
     decay = (block_hi - top_hi) + (block_lo - top_lo)
-    tl.store(rows + READ * plane + i, tl.exp2(decay) * inverse, mask=i < S)
+    tl.store(rows + QUERY_BLOCK * plane + i, decay + tl.log2(inverse), mask=i < S)
     acc_a, acc_b, _ = gather_rows(
         dh_a, dh_b, e, v, v_step, k, k_step, stats, plane, S, first, log_scale, True, DH, DA, DB, BM, BN, PRECISION
     )
@@ -443,37 +427,20 @@ def key_gradient_kernel(
     if DB > 0:
         dk_b = tl.zeros((BM, DB), tl.float32)
     dv_a, dv_b = dk_a, dk_b
-    last = tl.minimum(first + BM, S) - 1
-    diagonal_end = tl.minimum(tl.cdiv(last + 1, BLOCK) * BLOCK, S)
-    scale = tl.exp2(log_scale)
-    for start in range(tl.cdiv(last + 1, BLOCK) * BLOCK, S, BN):
+    for start in range(first, S, BN):
         i = start + tl.arange(0, BN)
-        fade = border_fade(stats, plane, last, start // BLOCK * BLOCK)
-        factor = tl.load(rows + READ * plane + i, mask=i < S, other=0.0) * (fade * scale)
-        dk_a, dk_b, dv_a, dv_b = add_query_block(
-            k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q, q_step, dh, dh_step, rows, plane, S, i, factor[None, :],
-            WITH_K, WITH_V, DH, DA, DB, PRECISION,
-        )  # fmt: skip
-    last_hi, last_lo = tl.load(stats + M_HI * plane + last), tl.load(stats + M_LO * plane + last)
-    write = tl.exp2((g_hi - last_hi) + (g_lo - last_lo))[:, None]
-    if WITH_K:
-        dk_a *= write
-        if DB > 0:
-            dk_b *= write
-    if WITH_V:
-        dv_a *= write
-        if DB > 0:
-            dv_b *= write
-    for start in range(first, diagonal_end, BN):
-        i = start + tl.arange(0, BN)
-        top_hi = tl.load(stats + M_HI * plane + i, mask=i < S, other=float('inf'))
-        top_lo = tl.load(stats + M_LO * plane + i, mask=i < S, other=0.0)
-        inverse = tl.load(rows + W_ROW * plane + i, mask=i < S, other=0.0)
         if q.dtype.element_ty == tl.float32:
+            top_hi = tl.load(stats + M_HI * plane + i, mask=i < S, other=float('inf'))
+            top_lo = tl.load(stats + M_LO * plane + i, mask=i < S, other=0.0)
+            inverse = tl.load(rows + W_ROW * plane + i, mask=i < S, other=0.0)
             weight = (g_hi[:, None] - top_hi[None, :]) + (g_lo[:, None] - top_lo[None, :]) + log_scale
+            weight = tl.exp2(weight) * inverse[None, :]
         else:
-            weight = g[:, None] - ((top_hi - first_hi) + (top_lo - first_lo))[None, :]
-        weight = tl.exp2(weight) * inverse[None, :]
+            block = stats + (start // BLOCK) * BLOCK
+            block_hi, block_lo = tl.load(block + M_HI * plane), tl.load(block + M_LO * plane)
+            top = tl.load(rows + QUERY_BLOCK * plane + i, mask=i < S, other=float('-inf'))
+            top += (first_hi - block_hi) + (first_lo - block_lo)
+            weight = tl.exp2(g[:, None] + top[None, :])
         weight = tl.where(tl.arange(0, BN)[None, :] >= (j - start)[:, None], weight, 0.0)
         dk_a, dk_b, dv_a, dv_b = add_query_block(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q, q_step, dh, dh_step, rows, plane, S, i, weight,

@@ -74,7 +74,7 @@ def test_every_tile_setting(kernel: str, dim: int) -> None:
         inputs, dh = make_inputs((1, 2, 213, dim), dtype, 'cuda')
         reference = expected(inputs, dh, True)
         size = dtype.itemsize
-        chosen = triton_quadratic.tile_candidates(kernel, dim, size, limits, is_long=True)
+        chosen = triton_quadratic.tile_candidates(kernel, dim, size, limits)
         smallest = triton_quadratic.tile_candidates(kernel, dim, size, small)
         for tiles in {*chosen, *smallest}:
             h, saved = triton_quadratic.forward(*inputs, True, EPS, tiles=tiles if kernel == 'forward' else None)
@@ -167,7 +167,6 @@ def test_no_compilation_for_another_batch_or_image_size() -> None:
         computed(lambda *x: mlstm_triton(*x, reverse, EPS, 'quadratic'), inputs, dh)
 
     step(2, 196, False)
-    step(2, triton_quadratic.LONG_TOKENS, False)  # long sequences have tiles of their own
     before = compiled_kernels()
     sizes = [(1, 1), (1, 16), (2, 17), (3, 49), (16, 64), (1, 144), (5, 196), (7, 197), (2, 256), (1, 1025), (3, 729)]
     for batch, length in sizes:

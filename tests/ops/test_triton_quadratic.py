@@ -128,7 +128,7 @@ def test_every_tile_setting(kernel: str, dim: int, device: torch.device) -> None
     reference = expected(inputs, dh, True)
     limits = device_limits(device)
     small = type(limits)(limits.capability, 48 * 1024, 1)
-    half, full = (triton_quadratic.tile_candidates(kernel, dim, size, limits, is_long=True) for size in (2, 4))
+    half, full = (triton_quadratic.tile_candidates(kernel, dim, size, limits) for size in (2, 4))
     for tiles in {*half, *full, *triton_quadratic.tile_candidates(kernel, dim, 2, small)}:
         h, saved = triton_quadratic.forward(*inputs, True, EPS, tiles=tiles if kernel == 'forward' else None)
         options = {'query_tiles': tiles} if kernel == 'query' else {}
@@ -140,8 +140,7 @@ def test_every_tile_setting(kernel: str, dim: int, device: torch.device) -> None
 
 def test_settings_that_cannot_work_are_absent() -> None:
     """A streamed tile that is larger than a factor block would read the wrong reference."""
-    half = [*triton_quadratic.HALF_TILES.values(), *triton_quadratic.LONG_HALF_TILES.values()]
-    tables = [*half, triton_quadratic.FLOAT_TILES]
+    tables = [*triton_quadratic.HALF_TILES.values(), triton_quadratic.FLOAT_TILES]
     for tiles in (tiles for table in tables for row in table.values() for tiles in row):
         assert tiles.columns <= triton_quadratic.BLOCK
         assert isinstance(tiles, Tiles)
