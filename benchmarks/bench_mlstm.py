@@ -1,6 +1,9 @@
 """The mLSTM operator against causal attention of the same shape, by length and head size.
 
-    python benchmarks/bench_mlstm.py [--out FILE] [--rows speed length memory] [--backends ...]
+    python benchmarks/bench_mlstm.py [--out FILE] [--rows speed forms length] [--backends ...]
+
+Rows: 'speed' compares backends with attention, 'forms' finds the lengths where the chunkwise form gets faster than the
+quadratic one, 'length' gives time per token and peak memory at a constant number of tokens.
 
 Every backend is first compared with float64, output and all gradients; a miss is reported in its row in place of times.
 Times are medians over runs with a flushed L2 cache, replayed from a CUDA graph; 'eager' includes autograd and launches
@@ -39,8 +42,12 @@ SPEED = [
 ]
 SPEED += [(2, 16384, 96)]
 LENGTHS = [4096, 8192, 16384, 32768, 65536]
+LENGTH_DIMS = [96, 192]
 TOKENS = 65536
+FORM_LENGTHS = {96: [768, 1024, 1280, 1536], 192: [1024, 1280, 1536, 2048], 384: [1024, 1536, 2048, 3072]}
+FORM_TOKENS = 16384
 EPS = 1e-6
+ROWS = ['speed', 'forms', 'length']
 LIMITS = {'h': 2e-2, 'dq': 2e-2, 'dk': 2e-2, 'dv': 2e-2, 'digate': 5e-2, 'dfgate': 5e-2}
 COLUMNS = [
     'batch',
@@ -142,6 +149,8 @@ def speed_rows(
         rows.append({**shape, **base})
         limit = floor(batch, length, dim, rates)
         for name in names:
+            if 'auto' in names and name == f'triton {choose_form(length, dim)}':
+                continue  # the row of 'auto' is the same
             run = backends(length, dim)[name]
             row = {**shape, 'backend': name, 'runs': choose_form(length, dim) if name == 'auto' else ''}
             rows.append(row)
@@ -164,6 +173,22 @@ def speed_rows(
                 row['backend'], shape, row['forward'], row['train'], row['forward/sdpa'], row['train/sdpa'], flush=True
             )
         torch.cuda.empty_cache()
+    return rows
+
+
+def form_rows(stopwatch: Stopwatch) -> list[dict[str, object]]:
+    """Times of both forms around the lengths where one overtakes the other."""
+    rows = []
+    for dim, lengths in FORM_LENGTHS.items():
+        for length in lengths:
+            batch = FORM_TOKENS // length
+            inputs, dh = make_inputs(batch, length, dim)
+            row: dict[str, object] = {'batch': batch, 'tokens': length, 'dim': dim, 'auto': choose_form(length, dim)}
+            for form in FORMS:
+                run = backends(length, dim)[f'triton {form}']
+                row[f'{form} forward'] = stopwatch(graphed(lambda run=run, inputs=inputs: run(*inputs)))['median']
+                row[f'{form} train'] = stopwatch(graphed(train_step(run, inputs, dh)))['median']
+            rows.append(row)
     return rows
 
 
@@ -191,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, help='JSON file to write')
     parser.add_argument('--backends', nargs='+', default=['auto', *(f'triton {name}' for name in FORMS)])
-    parser.add_argument('--rows', nargs='+', default=['speed', 'length'], choices=['speed', 'length'])
+    parser.add_argument('--rows', nargs='+', default=ROWS, choices=ROWS)
     parser.add_argument('--repeats', type=int, default=25)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -203,8 +228,11 @@ def main() -> int:
     if 'speed' in options.rows:
         result['speed'] = speed_rows(stopwatch, rates, options.backends, SPEED)
         print(table(result['speed'], COLUMNS))
+    if 'forms' in options.rows:
+        result['forms'] = form_rows(stopwatch)
+        print(table(result['forms'], list(result['forms'][0])))
     if 'length' in options.rows:
-        result['nanoseconds_per_token'] = length_rows(stopwatch, 96)
+        result['nanoseconds_per_token'] = [row for dim in LENGTH_DIMS for row in length_rows(stopwatch, dim)]
         print(table(result['nanoseconds_per_token'], ['batch', 'tokens', 'dim', 'forward', 'train', 'peak_MiB']))
     if options.out:
         write_json(options.out, result)

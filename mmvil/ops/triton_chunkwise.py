@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_chunkwise_kernels
+from . import triton_chunkwise_products, triton_chunkwise_states
 from .fast_launch import FastKernels
 from .triton_launch import DeviceLimits, device_limits, dot_precision, empty_rows_like, rows_contiguous
 
@@ -26,7 +26,8 @@ __all__ = [
     'tile_candidates',
 ]
 
-kernels = FastKernels(triton_chunkwise_kernels)
+products = FastKernels(triton_chunkwise_products)
+state_kernels = FastKernels(triton_chunkwise_states)
 
 OUTPUT, QUERY_GRADIENT, KEY_GRADIENT, VALUE_GRADIENT = range(4)
 ALIGNMENT = 8
@@ -47,6 +48,7 @@ class ProductTiles(NamedTuple):
     """Tile sizes of `product_kernel`.
 
     Attributes:
+        stream: Tokens multiplied at a time, a divisor of `Tiles.tile`.
         depth: Channels of a state multiplied at a time.
         pieces: Columns of the result.
         warps: Warps of a program.
@@ -54,6 +56,7 @@ class ProductTiles(NamedTuple):
         registers: Most registers of a thread, None for no limit.
     """
 
+    stream: int
     depth: int
     pieces: Pieces
     warps: int
@@ -65,13 +68,15 @@ class StateTiles(NamedTuple):
     """Tile sizes of `chunk_state_kernel`.
 
     Attributes:
-        rows: Rows of a state, held by every program (split 1).
-        columns: Columns of a state.
+        stream: Tokens added at a time, a divisor of `Tiles.tile`.
+        rows: Rows of a state.
+        columns: Columns of a state; there are rows.split * columns.split programs.
         warps: Warps of a program.
         stages: Loads in flight.
         registers: Most registers of a thread, None for no limit.
     """
 
+    stream: int
     rows: Pieces
     columns: Pieces
     warps: int
@@ -159,8 +164,8 @@ def split_dim(dim: int) -> Pieces:
 def tile_candidates(dim: int, dtype: torch.dtype) -> list[Tiles]:
     """List the tile sizes for DH and dtype.
 
-    With tiles of 64 tokens on Hopper, one stage and pieces of 32 columns must not meet: ptxas 12.8 leaves a register of
-    a matrix descriptor unset there, and the kernel reads outside of shared memory.
+    Not every size is safe on Hopper: ptxas 12.8 leaves some matrix descriptors unset, mostly those of pieces of 32
+    columns. `benchmarks/check_codegen.py` finds such kernels.
 
     Args:
         dim: DH, 1 to 512.
@@ -172,27 +177,47 @@ def tile_candidates(dim: int, dtype: torch.dtype) -> list[Tiles]:
     pieces = split_dim(dim)
     wide = pieces.wide + pieces.narrow
     rows = 32 if wide <= 128 else 16
-    small_product = ProductTiles(16, _blocks(dim, 32), 4, 1)
-    small_state = StateTiles(pieces, _blocks(dim, 32 if wide <= 256 else 16), 4, 1)
+    small_product = ProductTiles(rows, 16, _blocks(dim, 32), 4, 1)
+    small_state = StateTiles(rows, pieces, _blocks(dim, 32 if wide <= 256 else 16), 4, 1)
     small = Tiles(rows, 128, small_product, small_product, small_state, small_state)
     if dtype == torch.float32 and wide <= 128:
-        product, state = ProductTiles(16, pieces, 4, 1), StateTiles(pieces, _blocks(dim, 32), 4, 1)
+        product, state = ProductTiles(32, 16, pieces, 4, 1), StateTiles(32, pieces, _blocks(dim, 32), 4, 1)
         return [Tiles(32, 128, product, product, state, state), small]
     if dtype == torch.float32 or wide > 384:
         return [small]
-    scan = ScanTiles()
+    if dtype == torch.float16:
+        return [*_float16_tiles(dim, pieces), small]
+    return [*_bfloat16_tiles(dim, pieces), small]
+
+
+def _float16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
+    """Tile sizes for float16, whose states are multiplied as TF32."""
+    if pieces.wide + pieces.narrow > 256:
+        return []
+    product, state = ProductTiles(64, 32, pieces, 4, 2), StateTiles(64, pieces, _blocks(dim, 32), 4, 2)
+    return [Tiles(64, 256, product, product, state, state)]
+
+
+def _bfloat16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
+    """Tile sizes for bfloat16, by time on one H100 (benchmarks/results/mlstm_h100.json)."""
+    wide = pieces.wide + pieces.narrow
+    scan = ScanTiles(256, 1, 8)
     if wide <= 128:
-        product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
-        if pieces == Pieces(64, 32):
-            state = StateTiles(Pieces(128), pieces, 4, 2)
-    elif wide <= 256 and dtype == torch.float16:
-        product, state = ProductTiles(32, pieces, 4, 2), StateTiles(pieces, _blocks(dim, 32), 4, 2)
-    elif wide <= 256:
-        product = ProductTiles(64, pieces if pieces.narrow else Pieces(128, 0, 2), 8, 2)
-        state, scan = StateTiles(pieces, _blocks(dim, 64), 8, 2), ScanTiles(2048)
-    else:
-        product, state = ProductTiles(64, Pieces(128, 64, 2), 8, 1), StateTiles(pieces, _blocks(dim, 64), 8, 2)
-    return [Tiles(64, 256, product, product, state, state, scan), small]
+        whole = max(SMALLEST_PIECE, 1 << (dim - 1).bit_length())
+        product = ProductTiles(32, 32, pieces, 4, 3, 168 if pieces.narrow else None)
+        state = StateTiles(64, Pieces(whole), _blocks(dim, 64 if whole > 32 else 32), 4, 3)
+        return [Tiles(64, 256, product, product, state, state, scan)]
+    if wide == 256:
+        product, state = ProductTiles(64, 64, Pieces(128, 0, 2), 8, 2), StateTiles(64, pieces, _blocks(dim, 64), 8, 2)
+        return [Tiles(64, 256, product, product, state, state, scan)]
+    if wide == 192:
+        product, state = ProductTiles(32, 32, pieces, 4, 3), StateTiles(64, pieces, _blocks(dim, 64), 4, 3)
+        return [Tiles(64, 256, product, product, state, StateTiles(64, pieces, Pieces(64, 32, 2), 8, 3), scan)]
+    product = ProductTiles(32, 32, Pieces(128, 64, 2), 8, 2)
+    state = StateTiles(64, Pieces(128, 64, 2), _blocks(dim, 64), 4, 3)
+    large = Tiles(128, 256, product, product, state, StateTiles(64, pieces, _blocks(dim, 64), 8, 2), ScanTiles())
+    product = ProductTiles(32, 32, Pieces(128, 0, 3), 4, 2)
+    return [large, large._replace(tile=64, output=product, gradient=product)]
 
 
 def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
@@ -208,17 +233,19 @@ def shared_memory_needed(tiles: Tiles, dim: int, dtype: torch.dtype) -> int:
     """
     inner = split_dim(dim)
     inner = inner.wide + inner.narrow
-    needed, vectors = [4096], 0 if tiles.output.stages == 1 else 2048
+    needed, size = [4096], dtype.itemsize
+    state_size = 2 if dtype == torch.bfloat16 else 4
     for product in (tiles.output, tiles.gradient):
         outer = product.pieces.wide + product.pieces.narrow
         streamed = product.stages * (inner + outer) if product.stages > 1 else max(inner, outer)
-        from_state = product.stages * product.depth * (tiles.tile + outer)
-        needed.append((tiles.tile * inner + max(tiles.tile * streamed, from_state)) * dtype.itemsize + vectors)
+        from_state = product.stages * product.depth * (tiles.tile * size + outer * state_size)
+        vectors = 0 if product.stages == 1 else 2048
+        needed.append(tiles.tile * inner * size + max(product.stream * streamed * size, from_state) + vectors)
     for state in (tiles.state, tiles.state_gradient):
         rows, columns = state.rows.wide + state.rows.narrow, state.columns.wide + state.columns.narrow
-        scaled = tiles.tile * (2 * rows if dtype == torch.bfloat16 else 4 * (rows + columns))
-        loaded = state.stages * tiles.tile * columns * dtype.itemsize + 10240 if state.stages > 1 else 0
-        needed.append(loaded + scaled)
+        loaded = state.stages * (rows + 2 * columns) * size if state.stages > 1 else 0
+        converted = columns * size if dtype == torch.bfloat16 else 4 * (rows + columns)
+        needed.append(state.stream * (loaded + converted) + 2048)
     return max(needed)
 
 
@@ -406,8 +433,8 @@ class _Call:
         """Fill gate, maximum, border and stabiliser."""
         grid, sums = (self.total * self.tile_count,), saved.border.new_empty((2, self.total, self.tile_count))
         constants = {'TILE': self.tiles.tile, 'REVERSE': self.reverse, 'num_warps': 2}
-        kernels.gate_sum_kernel[grid](igate, fgate, sums[0], sums[1], self.length, self.tile_count, **constants)
-        kernels.gate_scan_kernel[grid](
+        state_kernels.gate_sum_kernel[grid](igate, fgate, sums[0], sums[1], self.length, self.tile_count, **constants)
+        state_kernels.gate_scan_kernel[grid](
             igate, fgate, sums[0], sums[1], saved.gate, saved.maximum, saved.write, saved.read, saved.stabiliser,
             saved.border, self.total, self.length, self.tile_count, **constants,
         )  # fmt: skip
@@ -417,18 +444,19 @@ class _Call:
         is_backward = inverse is not None
         tiles = self.tiles.state_gradient if is_backward else self.tiles.state
         made = (inverse, read_inverse, delta) if is_backward else (saved.normaliser,) * 3
-        kernels.chunk_state_kernel[(self.total * self.chunks * tiles.columns.split,)](
+        state_kernels.chunk_state_kernel[(self.total * self.chunks * tiles.rows.split * tiles.columns.split,)](
             x, y, h, states, sums, saved.write, saved.read, saved.border, saved.stabiliser, saved.normaliser,
             *made, *self.strides(x, y, h), self.total, self.heads, self.length, self.chunks, self.eps,
-            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, CA=tiles.columns.wide, CB=tiles.columns.narrow,
-            SPLIT=tiles.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile, BACKWARD=is_backward,
-            REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision, **_options(tiles),
+            DH=self.dim, RA=tiles.rows.wide, RB=tiles.rows.narrow, ROW_SPLIT=tiles.rows.split,
+            CA=tiles.columns.wide, CB=tiles.columns.narrow, SPLIT=tiles.columns.split, CHUNK=self.tiles.chunk,
+            TILE=self.tiles.tile, STREAM=tiles.stream, BACKWARD=is_backward, REVERSE=self.reverse,
+            UNIT=self.unit, PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
 
     def scan_states(self, states, sums, saved, crossing) -> None:
         """Turn contributions into states; backward (crossing given) from the end."""
         tiles, is_backward = self.tiles.scan, crossing is not None
-        kernels.state_scan_kernel[(self.total * (self.scan_blocks + 1),)](
+        state_kernels.state_scan_kernel[(self.total * (self.scan_blocks + 1),)](
             states, sums, saved.states, saved.state_normalisers, saved.border, crossing if is_backward else sums,
             self.total, self.chunks, self.tile_count, PER_CHUNK=self.tiles.chunk // self.tiles.tile,
             STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks, BLOCK=tiles.block,
@@ -441,7 +469,7 @@ class _Call:
         """One of the four products."""
         tiles, inner = self.tiles.output if product == OUTPUT else self.tiles.gradient, split_dim(self.dim)
         unused = saved.normaliser
-        kernels.product_kernel[(self.total * self.tile_count * tiles.pieces.split,)](
+        products.product_kernel[(self.total * self.tile_count * tiles.pieces.split,)](
             x, y, z, out, partner, states, sums, saved.gate, saved.maximum, saved.write, read, saved.border,
             saved.stabiliser, saved.normaliser, unused if inverse is None else inverse,
             unused if delta is None else delta, unused if row_dot is None else row_dot,
@@ -449,13 +477,13 @@ class _Call:
             self.eps, DH=self.dim, KA=inner.wide, KB=inner.narrow,
             CA=tiles.pieces.wide, CB=tiles.pieces.narrow, SPLIT=tiles.pieces.split,
             DELTAS=self.tiles.state_gradient.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile,
-            BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit, PRECISION=self.precision,
-            **_options(tiles),
+            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit,
+            PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
 
     def gate_gradients(self, query_dot, key_dot, crossing, fgate, digate, dfgate) -> None:
         """Gradients of both gates from the row products."""
-        kernels.gate_gradient_kernel[(self.total * self.chunks,)](
+        state_kernels.gate_gradient_kernel[(self.total * self.chunks,)](
             query_dot, key_dot, crossing, fgate, digate, dfgate, self.total, self.length, self.chunks, self.scale,
             SPLIT=self.tiles.gradient.pieces.split, BLOCKS=self.scan_blocks, WIDTH=_power_of_two(self.scan_blocks + 1),
             CHUNK=self.tiles.chunk, REVERSE=self.reverse, num_warps=4,

@@ -47,12 +47,8 @@ the self-check first: wrong gradients on a new family have been seen in other li
 
 BFLOAT16_CAPABILITY = (8, 0)
 
-# (largest DH, largest S given to the quadratic form). From benchmarks/results: both forms' times per token at 196
-# tokens (mlstm_h100.json), the quadratic one's also at 1,024 (mlstm_tiles_h100.json), carried on by how they grow: with
-# S, and not at all. No chunkwise time is known above DH 256.
-QUADRATIC_MAX_TOKENS = ((128, 1536), (256, 2560), (MAX_HEAD_DIM, 4096))
-# The chunkwise kernels have not passed all checks on a GPU yet. Read once: torch.compile must not trace it.
-CHUNKWISE_ALLOWED = os.environ.get('MMVIL_TRITON_CHUNKWISE') == '1'
+# (largest DH, largest S given to the quadratic form), by forward + backward time on one H100: docs/mlstm.md.
+QUADRATIC_MAX_TOKENS = ((128, 1024), (256, 1152), (MAX_HEAD_DIM, 2048))
 ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
 """Environment variable: 1 lets the kernels run on a card of unknown compute capability."""
 
@@ -306,10 +302,7 @@ def choose_form(length: int, head_dim: int) -> str:
         head_dim: DH.
 
     Returns:
-        'quadratic'; or 'chunkwise' for long sequences, by forward + backward time on one H100, where the environment
-        variable MMVIL_TRITON_CHUNKWISE was 1 at the import. Without it the verified form is taken at any length.
+        'quadratic'; or 'chunkwise' for long sequences, by forward + backward time on one H100.
     """
-    if not CHUNKWISE_ALLOWED:
-        return 'quadratic'
     limit = next(tokens for largest, tokens in QUADRATIC_MAX_TOKENS if head_dim <= largest)
     return 'quadratic' if length <= limit else 'chunkwise'

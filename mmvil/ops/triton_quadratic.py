@@ -30,7 +30,8 @@ kernels = FastKernels(triton_quadratic_kernels)
 STATS_PLANES = 7
 ROW_PLANES = 5
 BLOCK = 64
-SCAN_SPAN = 256
+SCAN_SPANS = {'SHORT_SPAN': 256, 'LONG_SPAN': 1024}
+"""Positions that the scans take at a time: 256 where that is the whole sequence, 1,024 elsewhere."""
 
 # Fastest first, by kernel and largest DA + DB, measured on one H100 (benchmarks/results/mlstm_tiles_h100.json). The
 # last entry of each list is the smallest and fits 64 KiB of shared memory a program (float32 above DH 256: 72 KiB).
@@ -108,6 +109,13 @@ def _shared_constants(q: Tensor, alignment: int) -> dict[str, object]:
     return {'DH': q.shape[-1], 'DA': first, 'DB': second, 'ALIGN': alignment, 'PRECISION': dot_precision(q.dtype)}
 
 
+def _tiles(given: Tiles | None, kernel: str, q: Tensor) -> list[Tiles]:
+    """Tile settings to try for q: the given ones, or the table's."""
+    if given is not None:
+        return [given]
+    return tile_candidates(kernel, q.shape[-1], q.element_size(), device_limits(q.device))
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, eps: float,
     tiles: Tiles | None = None,
@@ -135,7 +143,7 @@ def forward(
     sign = int(reverse)
     pitch = ceil_div(length, BLOCK)
     plane = batch * heads * pitch
-    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, SPAN=SCAN_SPAN)
+    kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, **SCAN_SPANS)
     alignment = row_alignment(q, k, v, h)
     strides = row_strides(alignment, q, k, v, h)
     constants = _shared_constants(q, alignment)
@@ -147,10 +155,7 @@ def forward(
             BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
         )  # fmt: skip
 
-    candidates = (
-        tile_candidates('forward', dim, q.element_size(), device_limits(q.device)) if tiles is None else [tiles]
-    )
-    launch_first_fitting(candidates, launch)
+    launch_first_fitting(_tiles(tiles, 'forward', q), launch)
     return h, (stats,)
 
 
@@ -192,7 +197,6 @@ def backward(
     rows = stats.new_empty((ROW_PLANES, *stats.shape[1:]))
     alignment = row_alignment(q, k, v, h, dh, dq, dk, dv)
     constants = _shared_constants(q, alignment)
-    limits = device_limits(q.device)
 
     def launch_query(tiles: Tiles) -> object:
         grid = (batch * heads * ceil_div(length, tiles.rows),)
@@ -210,14 +214,12 @@ def backward(
             BM=tiles.rows, BN=tiles.columns, **tiles.options(),
         )  # fmt: skip
 
-    candidates = tile_candidates('query', dim, q.element_size(), limits) if query_tiles is None else [query_tiles]
-    launch_first_fitting(candidates, launch_query)
+    launch_first_fitting(_tiles(query_tiles, 'query', q), launch_query)
     joint = constants['DA'] + constants['DB'] <= JOINT_KEY_COLUMNS if joint is None else joint
     for with_k, with_v in [(True, True)] if joint else [(True, False), (False, True)]:
         name = 'key' if with_k else 'value'
-        candidates = tile_candidates(name, dim, q.element_size(), limits) if key_tiles is None else [key_tiles]
-        launch_first_fitting(candidates, functools.partial(launch_key, with_k, with_v))
+        launch_first_fitting(_tiles(key_tiles, name, q), functools.partial(launch_key, with_k, with_v))
     kernels.gate_gradient_kernel[(batch * heads,)](
-        fgate, rows, digate, dfgate, length, pitch, plane, sign, SPAN=SCAN_SPAN
+        fgate, rows, digate, dfgate, length, pitch, plane, sign, **SCAN_SPANS
     )
     return dq, dk, dv, digate, dfgate

@@ -12,6 +12,8 @@ known before any product, so no accumulator is ever rescaled. docs/mlstm.md deri
 import triton
 import triton.language as tl
 
+from .triton_gates import larger, log_sigmoid
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Stands for minus infinity where subtracting two infinities would give NaN.
 CLOSED = tl.constexpr(-1e30)
@@ -27,18 +29,8 @@ E_ROW, W_ROW, QUERY_BLOCK, Q_DQ, K_DK = (tl.constexpr(plane) for plane in range(
 
 
 @triton.jit
-def larger(first, second):
-    """Combine two values of a running maximum."""
-    return tl.maximum(first, second)
-
-
-@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
-def gate_scan_kernel(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr):
-    """F = cumsum(log sigmoid(f)), g = i - F, M = cummax(g), m = F + M for one head, in float64 (scalars only).
-
-    igate, fgate (B, NH, S) float32, token order; stats planes g, M, m and block-relative g in reading order, pitch
-    and plane in blocks. SPAN positions at a time, a multiple of BLOCK. Grid: B * NH.
-    """
+def scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr):
+    """`gate_scan_kernel` for one head, SPAN positions at a time."""
     row = tl.program_id(0).to(tl.int64) * S
     stats += tl.program_id(0).to(tl.int64) * pitch * BLOCK
     plane = plane.to(tl.int64) * BLOCK
@@ -48,9 +40,9 @@ def gate_scan_kernel(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.con
         position = start + tl.arange(0, SPAN)
         valid = position < S
         token = tl.where(reverse != 0, S - 1 - position, position)
-        f = tl.load(fgate + row + token, mask=valid, other=0.0).to(tl.float64)
+        f = tl.load(fgate + row + token, mask=valid, other=0.0)
         i = tl.load(igate + row + token, mask=valid, other=CLOSED).to(tl.float64)
-        log_forget = tl.where(valid, tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f))), 0.0)
+        log_forget = tl.where(valid, log_sigmoid(f), 0.0).to(tl.float64)
         forget = total + tl.cumsum(log_forget, 0)
         g = tl.where(valid, tl.maximum(i, CLOSED) - forget, CLOSED)
         top = tl.maximum(tl.associative_scan(g, 0, larger), maximum)
@@ -70,11 +62,23 @@ def gate_scan_kernel(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.con
 
 
 @triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
-def gate_gradient_kernel(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SPAN: tl.constexpr):
-    """di_j = k_j.dk_j;  df_u = sigmoid(-f_u) * sum over t >= u of (q_t.dq_t - k_t.dk_t), summed in float64.
+def gate_scan_kernel(
+    igate, fgate, stats, S, pitch, plane, reverse, SHORT_SPAN: tl.constexpr, LONG_SPAN: tl.constexpr
+):  # fmt: skip
+    """F = cumsum(log sigmoid(f)), g = i - F, M = cummax(g), m = F + M for one head, in float64 (scalars only).
 
-    rows: the backward buffer; fgate, digate, dfgate (B, NH, S) float32 in token order. Grid: B * NH.
+    igate, fgate (B, NH, S) float32, token order; stats planes g, M, m and block-relative g in reading order, pitch
+    and plane in blocks. Spans are multiples of BLOCK; the short one is for sequences that it covers. Grid: B * NH.
     """
+    if S <= SHORT_SPAN:
+        scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SHORT_SPAN)
+    else:
+        scan_gates(igate, fgate, stats, S, pitch, plane, reverse, LONG_SPAN)
+
+
+@triton.jit
+def sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SPAN: tl.constexpr):
+    """`gate_gradient_kernel` for one head, SPAN positions at a time."""
     row = tl.program_id(0).to(tl.int64) * S
     rows += tl.program_id(0).to(tl.int64) * pitch * BLOCK
     plane = plane.to(tl.int64) * BLOCK
@@ -91,6 +95,20 @@ def gate_gradient_kernel(fgate, rows, digate, dfgate, S, pitch, plane, reverse, 
         tl.store(digate + row + token, from_key, mask=valid)
         tl.store(dfgate + row + token, gradient * tl.sigmoid(-f), mask=valid)
         total += tl.sum(difference, 0)
+
+
+@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
+def gate_gradient_kernel(
+    fgate, rows, digate, dfgate, S, pitch, plane, reverse, SHORT_SPAN: tl.constexpr, LONG_SPAN: tl.constexpr
+):  # fmt: skip
+    """di_j = k_j.dk_j;  df_u = sigmoid(-f_u) * sum over t >= u of (q_t.dq_t - k_t.dk_t), summed in float64.
+
+    rows: the backward buffer; fgate, digate, dfgate (B, NH, S) float32 in token order. Spans and grid as in the scan.
+    """
+    if S <= SHORT_SPAN:
+        sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SHORT_SPAN)
+    else:
+        sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, LONG_SPAN)
 
 
 @triton.jit

@@ -168,7 +168,7 @@ def test_no_compilation_for_another_batch_or_image_size() -> None:
 
     step(2, 196, False)
     before = compiled_kernels()
-    sizes = [(1, 1), (1, 16), (2, 17), (3, 49), (16, 64), (1, 144), (5, 196), (7, 197), (2, 256), (1, 1025)]
+    sizes = [(1, 1), (1, 16), (2, 17), (3, 49), (16, 64), (1, 144), (5, 196), (7, 197), (2, 256), (1, 1025), (3, 729)]
     for batch, length in sizes:
         step(batch, length, bool(length % 2))
     assert before > 0

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mmvil.ops.triton_launch import (
+    MAX_HEAD_DIM,
+    QUADRATIC_MAX_TOKENS,
     DeviceLimits,
     Tiles,
     ceil_div,
@@ -109,9 +111,16 @@ def test_float32_products_follow_the_tf32_switch() -> None:
         assert dot_precision(torch.bfloat16) == 'ieee'
 
 
-@pytest.mark.parametrize('dim', [1, 96, 192, 384, 512])
-def test_chunkwise_form_is_for_long_sequences_and_on_demand(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_form(65536, dim) == 'quadratic'
-    monkeypatch.setattr('mmvil.ops.triton_launch.CHUNKWISE_ALLOWED', True)
-    assert choose_form(196, dim) == 'quadratic'
-    assert choose_form(65536, dim) == 'chunkwise'
+@pytest.mark.parametrize('dim', [1, 96, 128, 129, 192, 256, 384, 512])
+def test_form_changes_where_the_table_says(dim: int) -> None:
+    limit = next(tokens for largest, tokens in QUADRATIC_MAX_TOKENS if dim <= largest)
+    assert [choose_form(length, dim) for length in (1, 196, limit)] == ['quadratic'] * 3
+    assert [choose_form(length, dim) for length in (limit + 1, 65536)] == ['chunkwise'] * 2
+
+
+def test_table_of_forms_covers_all_head_sizes() -> None:
+    dims, limits = zip(*QUADRATIC_MAX_TOKENS, strict=True)
+    assert dims[-1] == MAX_HEAD_DIM
+    assert list(dims) == sorted(dims)
+    assert list(limits) == sorted(limits)  # a larger state pays off later
+    assert limits[0] >= 1024  # images of 512 px
