@@ -56,6 +56,15 @@ def compare(
     return {name: relative(found[name], value) for name, value in expected.items()}
 
 
+def mean_errors(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, plain: bool) -> dict[str, float]:
+    """Root mean square of the errors of `compare` over four draws of the input."""
+    draws = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        draws.append(compare(block, grid, dtype, plain=plain))
+    return {name: (sum(draw[name] ** 2 for draw in draws) / len(draws)) ** 0.5 for name in draws[0]}
+
+
 V1 = {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False, 'norm_bias': False}
 
 
@@ -177,13 +186,11 @@ def test_gradients_at_full_width(dims: int, grid: tuple[int, int], reverse: bool
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    torch.manual_seed(1)
-    errors = compare(block, grid, dtype)
-    torch.manual_seed(1)
-    plain = compare(block, grid, dtype, plain=True)
-    # Some gradients are small differences of large terms, most of all the forget gates'. How much the rounding of
-    # activations does to them, the plain modules under the same autocast tell.
-    assert all(errors[name] < max(1e-2, 1.5 * plain[name]) for name in errors), (errors, plain)
+    # Some gradients are small differences of large terms, most of all those of the gates: their error changes by a
+    # factor of eight from one draw of the input to the next, hence several draws. How much the rounding of activations
+    # does to them, the plain modules under the same autocast tell.
+    fused, plain = (mean_errors(block, grid, dtype, plain=plain) for plain in (False, True))
+    assert all(fused[name] < max(1e-2, 1.5 * plain[name]) for name in fused), (fused, plain)
 
 
 @pytest.mark.gpu

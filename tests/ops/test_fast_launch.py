@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmvil.ops import triton_quadratic_kernels
+from mmvil.ops import triton_quadratic, triton_quadratic_kernels
 from mmvil.ops.fast_launch import FastKernel, FastKernels
 
+SPANS = triton_quadratic.SCAN_SPANS
 RECORDER = Path(__file__).with_name('launch_recorder.py')
 
 
@@ -72,7 +73,7 @@ def test_results_and_caches_on_a_gpu() -> None:
         results = []
         for kernel in (kernels.gate_scan_kernel, scan):
             stats = torch.zeros(7, 8, 64 * pitch, device='cuda')
-            kernel[(8,)](igate, fgate, stats, length, pitch, 8 * pitch, 0, SPAN=256)
+            kernel[(8,)](igate, fgate, stats, length, pitch, 8 * pitch, 0, **SPANS)
             results.append(stats)
         assert torch.equal(*results)
     assert len(kernels.gate_scan_kernel._found) == 2  # aligned and not: no length compiles anything
@@ -84,7 +85,7 @@ def test_streams_graphs_and_wrong_devices() -> None:
     igate, fgate = torch.randn(2, 4 * 64, device='cuda')
 
     def launch(stats: torch.Tensor, gate: torch.Tensor = fgate) -> torch.Tensor:
-        kernel[(4,)](igate, gate, stats, 64, 1, 4, 0, SPAN=256)
+        kernel[(4,)](igate, gate, stats, 64, 1, 4, 0, **SPANS)
         return stats
 
     expected = launch(torch.zeros(7, 4, 64, device='cuda'))
