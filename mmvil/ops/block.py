@@ -17,7 +17,7 @@ from . import block_gemm_kernels, block_kernels, block_mix_kernels, block_norm_k
 from .fast_launch import FastKernels
 from .triton_launch import Tiles, ceil_div, dot_precision, launch_first_fitting, next_power_of_two
 
-__all__ = ['NORM_EPS', 'BlockShape', 'block_forward']
+__all__ = ['NORM_EPS', 'BlockShape', 'block_forward', 'gate_width', 'qkv_biases']
 
 kernels = FastKernels(block_kernels)
 gemm_kernels = FastKernels(block_gemm_kernels)
@@ -85,12 +85,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     return out
 
 
-def _gate_width(shape: BlockShape) -> int:
+def gate_width(shape: BlockShape) -> int:
     """Columns of a tile of gates."""
     return max(16, next_power_of_two(2 * shape.heads))
 
 
-def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
+def qkv_biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
     """Biases of the projections, or something to point to where there are none."""
     return [weights['conv_b'] if weights[name] is None else weights[name] for name in ('bq', 'bk', 'bv')]
 
@@ -116,7 +116,7 @@ def _prepare(
     shape: BlockShape, weights: dict[str, Tensor | None], dtype: torch.dtype
 ) -> tuple[MixWeights, dict[str, Tensor | None]]:
     """What `_mix` reads, and the outer projections' weights in dtype, all by one kernel."""
-    parts, gates = ceil_div(shape.inner, MIX_CHANNELS), _gate_width(shape)
+    parts, gates = ceil_div(shape.inner, MIX_CHANNELS), gate_width(shape)
     taps = weights['conv_w'][0].numel()
     found = {name: weights[name] for name in LOWERED}
     lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
@@ -129,8 +129,8 @@ def _prepare(
     )
     programs = parts + ceil_div(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(programs,)](
-        weights['wq'], weights['wk'], weights['wv'], *_biases(weights), weights['wg'], weights['conv_w'], constant,
-        turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies, *sizes.values(),
+        weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wg'], weights['conv_w'],
+        constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies, *sizes.values(),
         parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block, HEADS=shape.heads,
         HAS_BIAS=weights['bq'] is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
     )  # fmt: skip
@@ -144,13 +144,13 @@ def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tenso
     pre, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
     tensors = (
-        a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices, *_biases(weights),
-        pre, q, k, v, shares, shape.batch, shape.tokens,
+        a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices,
+        *qkv_biases(weights), pre, q, k, v, shares, shape.batch, shape.tokens,
     )  # fmt: skip
     options = {
         'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
         'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
-        'BG': _gate_width(shape), 'num_warps': 1, 'num_stages': 1,
+        'BG': gate_width(shape), 'num_warps': 1, 'num_stages': 1,
     }  # fmt: skip
     if shape.two_dimensional:
         rows, columns = shape.grid

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import block_backward_kernels, block_backward_norm_kernels
-from .block import NORM_EPS, BlockShape
+from .block import NORM_EPS, BlockShape, gate_width, qkv_biases
 from .fast_launch import FastKernels
 from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
@@ -24,9 +24,9 @@ norm_kernels = FastKernels(block_backward_norm_kernels)
 STRIP_COLUMNS = 16
 MAX_STRIP_ROWS = 32
 # Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and programs per
-# multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for the
-# norm and the branch, whose partial sums are narrow and cost more to add up. Tiles are the fastest
-# of those tried on one H100; the numbers of programs follow from registers and are not timed.
+# multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for
+# the norm and the branch, whose partial sums are narrow and cost more to add up. Tiles are the fastest of those tried on
+# one H100; the numbers of programs follow from registers and are not timed.
 ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512, 1, 3, 8)}
 FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
 # IEEE float32 products run on the plain cores, with more registers for an operand.
@@ -53,16 +53,6 @@ def _strips(shape: BlockShape) -> tuple[int, int, int]:
 def _channels(shape: BlockShape, most: int) -> int:
     """Channels of a tile: a power of two that holds whole blocks."""
     return max(16, min(most, next_power_of_two(shape.inner)))
-
-
-def _gate_columns(shape: BlockShape) -> int:
-    """Columns of a tile of gates."""
-    return max(16, next_power_of_two(2 * shape.heads))
-
-
-def _biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
-    """Biases of the projections, or something to point to where there are none."""
-    return [weights['conv_b'] if weights[name] is None else weights[name] for name in ('bq', 'bk', 'bv')]
 
 
 class _Sums:
@@ -179,7 +169,7 @@ class _Backward:
         steps, programs = self._flat('query')
         q = torch.empty_like(pre)
         kernels.query_kernel[(self._parts(channels), programs)](
-            pre, weights['wq'], _biases(weights)[0], q, self.count, shape.inner, steps, QB=shape.block,
+            pre, weights['wq'], qkv_biases(weights)[0], q, self.count, shape.inner, steps, QB=shape.block,
             HAS_BIAS=weights['bq'] is not None, PRECISION=dot_precision(self.dtype), BM=height, BC=channels,
             STAGES=stages, num_warps=warps,
         )  # fmt: skip
@@ -207,7 +197,7 @@ class _Backward:
     def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gates as maps of c and a, (2, E, columns); the outer projections' weights in the activations' dtype."""
         shape, weights = self.shape, self.weights
-        channels, gates = _channels(shape, 32), _gate_columns(shape)
+        channels, gates = _channels(shape, 32), gate_width(shape)
         wide = [weights['up_w'], weights['down_w']]
         sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
@@ -277,8 +267,7 @@ class _Backward:
         norm_kernels.layer_norm_backward_kernel[(programs,)](
             x, weight, weight if bias is None else bias, dnorm, dout, dx, normalised, self.sums.parts[1], self.count,
             self.dims, NORM_EPS, steps, HAS_BIAS=bias is not None, BM=height, BD=width,
-            STAGES=ROW_TILES['norm'][2],
-            num_warps=ROW_TILES['norm'][1],
+            STAGES=ROW_TILES['norm'][2], num_warps=ROW_TILES['norm'][1],
         )  # fmt: skip
         return dx, normalised
 
@@ -294,9 +283,9 @@ class _Backward:
             mix.new_empty(2 * shape.heads, 3 * inner),
         )
         kernels.finish_kernel[(self._parts(channels), 3)](
-            mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wg'], *_biases(weights), matrices,
+            mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wg'], *qkv_biases(weights), matrices,
             biases, wg, inner, QB=block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels,
-            BG=_gate_columns(shape), num_warps=4,
+            BG=gate_width(shape), num_warps=4,
         )  # fmt: skip
         _, head_w, head_b, skip = output.view(4, inner)
         conv_w, conv_b, _ = conv.split([inner * self.taps, inner, inner])
