@@ -130,8 +130,8 @@ def _prepare(
     programs = parts + ceil_div(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(programs,)](
         weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wg'], weights['conv_w'],
-        constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies, *sizes.values(),
-        parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block, HEADS=shape.heads,
+        constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies,
+        *sizes.values(), parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block, HEADS=shape.heads,
         HAS_BIAS=weights['bq'] is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}

@@ -25,8 +25,8 @@ STRIP_COLUMNS = 16
 MAX_STRIP_ROWS = 32
 # Tiles of whole rows by elements, others by tokens and channels; warps; stages of the loop; and programs per
 # multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for
-# the norm and the branch, whose partial sums are narrow and cost more to add up. Tiles are the fastest of those tried on
-# one H100; the numbers of programs follow from registers and are not timed.
+# the norm and the branch, whose partial sums are narrow and cost more to add up. Tiles are the fastest of those tried
+# on one H100; the numbers of programs follow from registers and are not timed.
 ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512, 1, 3, 8)}
 FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
 # IEEE float32 products run on the plain cores, with more registers for an operand.
