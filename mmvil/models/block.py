@@ -35,7 +35,7 @@ class ViLLayer(BaseModule):
         proj_bias: Whether the up, down, query, key and value projections have biases.
         norm_bias: Whether the head norm has a bias.
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
-        fused: Let `ViLBlock` run on fused kernels where a GPU can.
+        fused: Run on fused kernels where a GPU can: a `ViLBlock` as a whole, a layer on its own too.
         init_num_blocks: Sub-blocks that the initial scale of the down-projection is divided by. The published models
             were started with 1.
         init_cfg: mmengine initialisation config.
@@ -117,6 +117,11 @@ class ViLLayer(BaseModule):
             ValueError: If the shape does not fit the layer or the grid.
         """
         _check_tokens(x, grid, self.embed_dims)
+        fast = _try_fused(self, x, grid) if x.is_cuda and self.fused else None
+        return self._forward_plain(x, grid) if fast is None else fast
+
+    def _forward_plain(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The layer's definition."""
         values, gate = self.proj_up(x).chunk(2, dim=-1)
         keys = F.silu(values if self.conv is None else self.conv(values, grid))
         q, k, v = self.q_proj(keys), self.k_proj(keys), self.v_proj(values)
@@ -186,18 +191,26 @@ class ViLBlock(BaseModule):
             (B, S, D).
         """
         if x.is_cuda and self.layer.fused:
-            reason = why_not_fused(self, x)
-            if reason is None:
-                _check_tokens(x, grid, self.layer.embed_dims)
-                try:
-                    return run_fused(self, x, grid)
-                except Exception as error:
-                    reason = give_up_fused(x, error)
-            say_once(reason)
+            _check_tokens(x, grid, self.layer.embed_dims)
+            fast = _try_fused(self, x, grid)
+            if fast is not None:
+                return fast
         if can_stream(self, x):
             _check_tokens(x, grid, self.layer.embed_dims)
             return run_streamed(self, x, grid)
         return x + self.drop_path(self.layer(self.norm(x), grid))
+
+
+def _try_fused(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    """Run a block, or a layer on its own, on the fused kernels; None and one log line where that is not possible."""
+    reason = why_not_fused(module, x)
+    if reason is None:
+        try:
+            return run_fused(module, x, grid)
+        except Exception as error:
+            reason = give_up_fused(x, error)
+    say_once(reason)
+    return None
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -44,17 +44,17 @@ _said: set[str] = set()
 _device_reasons: dict[tuple[str, int | None, torch.dtype], str | None] = {}
 
 
-def why_not_fused(block: nn.Module, x: Tensor) -> str | None:
-    """Tell why a block cannot take the fast path for these tokens.
+def why_not_fused(module: nn.Module, x: Tensor) -> str | None:
+    """Tell why a block, or a layer on its own, cannot take the fast path for these tokens.
 
     Args:
-        block: A `ViLBlock`.
+        module: A `ViLBlock` or a `ViLLayer`.
         x: Tokens, (B, S, D).
 
     Returns:
         The reason, or None if the fast path can be taken.
     """
-    layer = block.layer
+    layer, outer = _parts(module)
     if not layer.fused:
         return 'it is switched off'
     if layer.mlstm_backend not in ('auto', 'triton'):
@@ -74,14 +74,21 @@ def why_not_fused(block: nn.Module, x: Tensor) -> str | None:
         return 'the batch is empty'
     if custom_op.counted_form is not None or torch.jit.is_tracing():
         return 'the plain modules are what is counted and traced'
-    for module in (block.norm, block.drop_path, layer, *layer._modules.values()):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    for part in (*outer, *layer._modules.values()):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return 'a module inside of the block has a hook'
-        if type(module).forward not in FORWARDS and type(module).forward is not plain.ViLLayer.forward:
-            return f'a {type(module).__name__} has taken the place of one of its modules'
-        if 'forward' in module.__dict__:
-            return f'the forward of a {type(module).__name__} inside of the block has been replaced'
+        if type(part).forward not in FORWARDS and type(part).forward is not plain.ViLLayer.forward:
+            return f'a {type(part).__name__} has taken the place of one of its modules'
+        if 'forward' in part.__dict__:
+            return f'the forward of a {type(part).__name__} inside of the block has been replaced'
     return _why_not_here(x.device.type, x.device.index, dtype)
+
+
+def _parts(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
+    """The layer of a block or the layer itself, and the block's modules that are skipped when it runs fused."""
+    if isinstance(module, plain.ViLBlock):
+        return module.layer, (module.norm, module.drop_path, module.layer)
+    return module, ()
 
 
 # A constant of the graph under torch.compile, as `why_not_triton` is.
@@ -108,21 +115,22 @@ def say_once(reason: str) -> None:
         print_log(f'ViL blocks run as plain modules: {reason}', logger='current')
 
 
-def run_fused(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Run a block on the fused kernels.
+def run_fused(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Run a block, or a layer on its own, on the fused kernels.
 
     Args:
-        block: A `ViLBlock` for which `why_not_fused` gives None.
+        module: A `ViLBlock` or a `ViLLayer` for which `why_not_fused` gives None.
         x: Tokens, (B, S, D).
         grid: Rows and columns of the token grid.
 
     Returns:
-        (B, S, D) in x's dtype.
+        (B, S, D), of a block in x's dtype, of a layer in the one that it computes in.
     """
-    layer, dtype = block.layer, compute_dtype(x)
+    layer, outer = _parts(module)
+    dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        scale = block.drop_path.factors(x)
-        return fused_block(x, fused_weights(block), scale, grid, layer.num_heads, layer.reverse, dtype)
+        scale = module.drop_path.factors(x) if outer else None
+        return fused_block(x, fused_weights(module), scale, grid, layer.num_heads, layer.reverse, dtype)
 
 
 def give_up_fused(x: Tensor, error: Exception) -> str:
@@ -146,20 +154,21 @@ def give_up_fused(x: Tensor, error: Exception) -> str:
     return reason
 
 
-def fused_weights(block: nn.Module) -> dict[str, Tensor]:
-    """Collect a block's parameters by the short names of `mmvil.ops.block_op.WEIGHTS`; absent biases are left out.
+def fused_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Collect the parameters of a block, or of a layer on its own, by the short names of `mmvil.ops.block_op.WEIGHTS`.
 
-    Nothing is kept from call to call, neither lists nor casts: parameters may be replaced, moved or changed in place at
-    any time, through `.data` even without a trace.
+    Absent biases are left out. Nothing is kept from call to call, neither lists nor casts: parameters may be replaced,
+    moved or changed in place at any time, through `.data` even without a trace.
     """
-    layer = block.layer
+    layer, outer = _parts(module)
+    named: dict[str, Tensor | None] = {}
+    if outer:
+        named = {'norm_w': _parameter(module.norm, 'weight'), 'norm_b': _parameter(module.norm, 'bias')}
     modules = layer._modules
-    named = {'norm_w': _parameter(block.norm, 'weight'), 'norm_b': _parameter(block.norm, 'bias')}
     for name, (weight, bias) in SHORT_NAMES.items():
-        module = modules[name]
-        named[weight], named[bias] = _parameter(module, 'weight'), _parameter(module, 'bias')
+        named[weight], named[bias] = _parameter(modules[name], 'weight'), _parameter(modules[name], 'bias')
     named['skip'] = _parameter(layer, 'skip')
-    return {name: named[name] for name in WEIGHTS if named[name] is not None}
+    return {name: named[name] for name in WEIGHTS if named.get(name) is not None}
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

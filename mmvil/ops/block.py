@@ -210,7 +210,7 @@ def block_forward(
     dtype: torch.dtype,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
-    """Run one block.
+    """Run one block, or without a norm's weight its inner part alone.
 
     Args:
         shape: Sizes and direction.
@@ -221,11 +221,12 @@ def block_forward(
         scale: Drop path factor per image, (B,), or None.
 
     Returns:
-        The new residual stream, and for the backward pass: u (B, S, 2E), gates (2, B, NH, S), h, the convolution's
-        output, k, v (B, S, E), the cell's statistics.
+        The new residual stream (of the inner part: its output in dtype), and for the backward pass: u (B, S, 2E), gates
+        (2, B, NH, S), h, the convolution's output, k, v (B, S, E), the cell's statistics.
     """
     mix, lowered = _prepare(shape, weights, dtype)
-    normalised = layer_norm(x.flatten(0, 1), weights['norm_w'], weights['norm_b'], dtype)
+    is_whole, rows = weights['norm_w'] is not None, x.flatten(0, 1)
+    normalised = layer_norm(rows, weights['norm_w'], weights['norm_b'], dtype) if is_whole else rows.to(dtype)
     u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
@@ -233,7 +234,10 @@ def block_forward(
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
     y = _output(shape, h, pre, z, weights)
-    out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
+    if is_whole:
+        out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
+    else:
+        out = F.linear(y, lowered['down_w'], None if weights['down_b'] is None else weights['down_b'].to(dtype))
     return out, u, gates, h, pre, k, v, statistics
 
 

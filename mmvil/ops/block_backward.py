@@ -120,7 +120,7 @@ class _Backward:
             u,
             (
                 (self.branch[1], dims),
-                (self.norm[1], 2 * dims),
+                (self.norm[1] if weights['norm_w'] is not None else 0, 2 * dims),
                 (self.mix[1], common + inner * (block + 1) + 2 * heads),
                 (self.value[1], common),
                 (self.conv[0] * _strips(shape)[2], inner * (self.taps + 2)),
@@ -307,7 +307,7 @@ def block_backward(
     Args:
         shape: Sizes and direction.
         cell: Module with the mLSTM's `forward` and `backward`, such as `triton_quadratic`.
-        dout: Gradient of the new residual stream, (B, S, D).
+        dout: Gradient of the new residual stream, or of the inner part's output, (B, S, D).
         x: The block's input.
         u: From the forward pass, like the following up to `statistics`.
         gates: Gates' pre-activations.
@@ -336,5 +336,8 @@ def block_backward(
     dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)
     run.value_gradient(dv, (di, df), maps, da)
     run.conv_gradient(dpre, da)
-    dx, normalised = run.norm_gradient(x_rows, du @ up_w, dout)
+    if weights['norm_w'] is None:
+        dx, normalised = (du @ up_w).to(x.dtype), x_rows.to(run.dtype)
+    else:
+        dx, normalised = run.norm_gradient(x_rows, du @ up_w, dout)
     return dx.view_as(x), {'up_w': du.t() @ normalised, 'down_w': ddown_w, **run.parameter_gradients()}

@@ -25,7 +25,8 @@ WEIGHTS = (
 )  # fmt: skip
 """Short names of a block's parameters; wi, bi, wf, bf are those of the input and forget gates. Biases may be missing.
 
-The launchers get the gates as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above the forget gates.
+Without norm_w the operators run the inner part alone, without norm, drop path and residual. The launchers get the gates
+as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above the forget gates.
 """
 GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
 
@@ -80,10 +81,10 @@ def vil_block_fwd(
     reverse: bool,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Run one block.
+    """Run one block, or without norm_w its inner part.
 
     Args:
-        x: Residual stream, (B, S, D), contiguous.
+        x: Residual stream, or input of the inner part, (B, S, D), contiguous.
         weights: Parameters of the block.
         names: Their short names, out of `WEIGHTS`, separated by blanks.
         scale: Drop path factor per image, (B,), or None.
@@ -94,8 +95,8 @@ def vil_block_fwd(
         dtype: Type that activations are stored in and multiplied as.
 
     Returns:
-        The new residual stream, and after it what the backward pass needs: u, gates, h, the
-        convolution's output, k, v and the cell's statistics.
+        The new residual stream (the inner part's output in dtype), and after it what the backward pass needs: u, gates,
+        h, the convolution's output, k, v and the cell's statistics.
     """
     return _forward(x, _by_name(weights, names), scale, rows, columns, heads, reverse, dtype)
 
@@ -122,7 +123,8 @@ def _(
         batch, (rows, columns), heads, inner, named['wq'].shape[-1], named['conv_w'].dim() == 4, reverse
     )
     kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(3)]
-    return [torch.empty_like(x), u, gates, empty_rows_like(q), *kept, *_cell(shape).empty_saved(q)]
+    out = torch.empty_like(x, dtype=x.dtype if 'norm_w' in named else dtype)
+    return [out, u, gates, empty_rows_like(q), *kept, *_cell(shape).empty_saved(q)]
 
 
 @torch.library.custom_op('mmvil::vil_block_bwd', mutates_args=())
@@ -280,7 +282,8 @@ def fused_block(
     """Run one ViL block on fused kernels, with exact gradients.
 
     Args:
-        x: Residual stream, (B, S, D); its dtype is kept.
+        x: Residual stream, (B, S, D); its dtype is kept. Without norm_w: input of the inner part, whose output has
+            `dtype`.
         weights: Parameters by the short names of `WEIGHTS`; biases may be missing.
         scale: Drop path factor per image, (B,), or None.
         grid: Rows and columns of the token grid.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvil.models import ViLBlock, VisionLSTM
+from mmvil.models import ViLBlock, ViLLayer, VisionLSTM
+from mmvil.models.block import _try_fused
 from mmvil.models.fused import give_up_fused, run_fused, why_not_fused
 from mmvil.ops.flops import count_as
 from mmvil.ops.triton_launch import interpreting
@@ -32,7 +33,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
 
 
-def gradients(block: ViLBlock, out: Tensor, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+def gradients(block: ViLBlock | ViLLayer, out: Tensor, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
     """Output, and gradients of input and parameters."""
     x.grad = None
     block.zero_grad()
@@ -48,8 +49,9 @@ def compare(
     x = torch.randn(batch, grid[0] * grid[1], block.layer.embed_dims, device=DEVICE, requires_grad=True)
     upstream = torch.randn_like(x)
     block = copy.deepcopy(block).to(DEVICE)
+    block.layer.fused = not plain
     with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
-        out = x + block.layer(block.norm(x), grid) if plain else run_fused(block, x, grid)
+        out = block(x, grid) if plain else run_fused(block, x, grid)
     found = gradients(block, out, x, upstream)
     exact = x.detach().double().requires_grad_()
     expected = gradients(block.double(), block(exact, grid), exact, upstream)
@@ -87,6 +89,25 @@ def test_float32(dims: int, grid: tuple[int, int], reverse: bool, options: dict)
     torch.manual_seed(0)
     errors = compare(trained_like(ViLBlock(dims, reverse, **options)), grid, torch.float32)
     assert all(error < 2e-4 for error in errors.values()), errors
+
+
+@on_kernels
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
+def test_layer_on_its_own(options: dict, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, grid = trained_like(ViLBlock(16, True, **options)).layer.to(DEVICE), (3, 5)
+    x = torch.randn(2, 15, 16, device=DEVICE, requires_grad=True)
+    upstream = torch.randn_like(x)
+    assert why_not_fused(layer, x) is None
+    with torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+        out = run_fused(layer, x, grid)
+    assert out.dtype == dtype
+    found = gradients(layer, out, x, upstream)
+    exact = x.detach().double().requires_grad_()
+    expected = gradients(layer.double(), layer(exact, grid), exact, upstream)
+    errors = {name: relative(found[name], value) for name, value in expected.items() if name != 'igate.bias'}
+    assert all(error < (2e-4 if dtype == torch.float32 else 1e-2) for error in errors.values()), errors
 
 
 @on_kernels
@@ -236,7 +257,8 @@ def test_results_do_not_change_from_run_to_run() -> None:
 def test_flops_are_those_of_the_plain_modules(options: dict) -> None:
     block = ViLBlock(32, mlstm_backend='triton', **options).to(DEVICE)
     counts = []
-    for run in (lambda x: run_fused(block, x, (3, 4)), lambda x: x + block.layer(block.norm(x), (3, 4))):
+    block.layer.fused = False
+    for run in (lambda x: run_fused(block, x, (3, 4)), lambda x: block(x, (3, 4))):
         x = torch.randn(2, 12, 32, device=DEVICE, requires_grad=True)
         with FlopCounterMode(display=False) as forward:
             out = run(x)
@@ -253,6 +275,18 @@ def test_plain_modules_are_what_is_counted() -> None:
     block = ViLBlock(16)
     with count_as('quadratic'):
         assert 'counted' in why_not_fused(block, torch.zeros(1, 4, 16))
+
+
+@on_kernels
+def test_traced_in_one_graph_for_all_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ViLBlock, 'forward', lambda self, x, grid: _try_fused(self, x, grid))  # also on a CPU
+    torch.compiler.reset()
+    arch = {'embed_dims': 16, 'num_layers': 2}
+    model = VisionLSTM(arch, img_size=32, patch_size=8, out_type='bilateral_concat').to(DEVICE)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for size in ((32, 32), (24, 40), (17, 50)):
+        image = torch.randn(2, 3, *size, device=DEVICE)
+        torch.testing.assert_close(compiled(image)[0], model(image)[0], rtol=1e-4, atol=1e-4)
 
 
 @on_kernels
