@@ -70,6 +70,15 @@ def _load_live(ptr, mask):
 
 
 @triton.jit
+def _inside(channel, E, EVEN: tl.constexpr):
+    """Channels that exist, (1, 32). A constant if all do, written as one that also the oldest interpreters know."""
+    inside = channel < E
+    if EVEN:
+        inside = inside | (channel >= E)
+    return inside[None, :]
+
+
+@triton.jit
 def _per_channel(ptr, channel, E, EVEN: tl.constexpr, PAIRS: tl.constexpr):
     """One number per channel as a tile (PAIRS, 32), so that it comes in the activations' layout."""
     place = tl.broadcast_to(channel[None, :], (PAIRS, WIDTH))
@@ -133,7 +142,7 @@ def _emit(
 ):  # fmt: skip
     """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S."""
     dtype = pre_ptr.dtype.element_ty
-    inside = (channel < E)[None, :] | EVEN
+    inside = _inside(channel, E, EVEN)
     has_even, has_odd = live_even[:, None] & inside, live_odd[:, None] & inside
     place = token[:, None] * E + channel[None, :]
     pre_even, pre_odd = pre_even.to(dtype), pre_odd.to(dtype)
@@ -204,7 +213,7 @@ def mix2d_kernel(
     batch, col = (pair // image_pairs).to(tl.int64), pair % image_pairs * 2
     live = batch < B
     live_odd = live & (col + 1 < GW)
-    inside = (channel < E)[None, :] | EVEN
+    inside = _inside(channel, E, EVEN)
     has0, has1 = (live & (col > 0))[:, None] & inside, live[:, None] & inside
     has2, has3 = live_odd[:, None] & inside, (live & (col + 2 < GW))[:, None] & inside
     SIZE: tl.constexpr = WIDTH // 2 if SPLIT else WIDTH
@@ -282,7 +291,7 @@ def mix1d_kernel(
     strip = tl.program_id(0) // parts
     batch = (strip // blocks).to(tl.int64)
     channel = part * WIDTH + tl.arange(0, WIDTH)
-    inside = (channel < E)[None, :] | EVEN
+    inside = _inside(channel, E, EVEN)
     SIZE: tl.constexpr = WIDTH // 2 if SPLIT else WIDTH
     matrices = _matrices(matrix_ptr, part, 0, SIZE)
     matrices_high = matrices
