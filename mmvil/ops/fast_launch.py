@@ -17,13 +17,13 @@ from triton.runtime.jit import JITFunction
 
 __all__ = ['FastKernel', 'FastKernels', 'fast_kernel']
 
-KNOWN_TRITON = ((3, 3), (3, 8))
-"""First and last Triton version whose compiled kernels are known to take all arguments in order, constants too."""
+KNOWN_TRITON = ((3, 5), (3, 8))
+"""First and last Triton version whose compiled kernels are known to take all arguments in order, constants too.
+
+All of them pass `tests/ops/test_fast_launch.py`.
+"""
 
 INT32_LOW, INT32_HIGH = -(2**31), 2**31 - 1
-
-# Where launch hooks are kept; up to Triton 3.3 with the compiled kernels.
-HOOKS = triton.knobs.runtime if hasattr(triton, 'knobs') else CompiledKernel
 
 
 def _triton_is_known() -> bool:
@@ -86,7 +86,8 @@ class FastKernel:
 
 def _launches_are_watched() -> bool:
     """Whether a profiler wants Triton to be called at each launch. A hook is a function, a chain of them or None."""
-    enter, leave = HOOKS.launch_enter_hook, HOOKS.launch_exit_hook
+    hooks = triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
     if enter is not None and getattr(enter, 'calls', True):
         return True
     return leave is not None and bool(getattr(leave, 'calls', True))
