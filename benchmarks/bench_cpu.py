@@ -1,9 +1,9 @@
 """Inference on a CPU: the model as it chooses by itself against the plain quadratic form, time and memory.
 
-    OMP_WAIT_POLICY=passive python benchmarks/bench_cpu.py [--models tiny small] [--pixels 512] [--out FILE]
+    python benchmarks/bench_cpu.py [--models tiny small] [--pixels 512] [--out FILE]
 
 One image in float32 without gradients. The two forms take turns; the shortest time counts, because whatever else the
-machine does only adds to it. Threads that wait passively give up their core, so that other work disturbs less.
+machine does only adds to it; run it on an idle machine.
 'allocated' is the most that PyTorch's allocator held at a time above weights and image, which is the same in every run;
 'resident' is what the process's resident set grew by, read in a process of its own. 'error' is the distance from
 float64, in units of the largest output.
