@@ -30,8 +30,8 @@ MIX_PAIRS = 8
 GATE_PARTS = 8
 COPY_BLOCK = 4096
 LOWERED = ('up_w', 'up_b', 'down_w')
-# Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is faster than
-# cuBLAS and an addition: on one H100 26 against 36 us at D = 192, 60 against 70 at 384, 95 against 85 at 768.
+# Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken: on one
+# H100 it was faster than cuBLAS and an addition at D = 192 and 384, slower at 768.
 DOWN_TILES = (Tiles(64, 128, 4, 4), Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
 DOWN_MAX_DIMS = 512
 # Elements or tokens of a tile, warps; 'mix_rows' are the steps of a mixing program over a grid and over a sequence.

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import block_backward_kernels, block_backward_norm_kernels
+from . import block_backward_kernels, block_backward_norm_kernels, block_conv_kernels
 from .block import NORM_EPS, BlockShape, gate_width, qkv_biases
 from .fast_launch import FastKernels
 from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
@@ -20,6 +20,7 @@ __all__ = ['block_backward']
 
 kernels = FastKernels(block_backward_kernels)
 norm_kernels = FastKernels(block_backward_norm_kernels)
+conv_kernels = FastKernels(block_conv_kernels)
 
 STRIP_COLUMNS = 16
 MAX_STRIP_ROWS = 32
@@ -247,10 +248,10 @@ class _Backward:
         groups, images = self.conv
         last = self.taps - 1 if shape.reverse else 0
         if shape.two_dimensional:
-            kernel = kernels.conv2d_backward_kernel
+            kernel = conv_kernels.conv2d_backward_kernel
             sizes = (*_walk(shape), shape.inner, height, row_blocks, strips, images, last)
         else:
-            kernel = kernels.conv1d_backward_kernel
+            kernel = conv_kernels.conv1d_backward_kernel
             sizes = (shape.tokens, shape.inner, height, strips, images, 0 if shape.reverse else -3, last)
         kernel[(self._parts(channels), strips, groups)](
             self.a, self.a.stride(0), dpre, weights['conv_w'], da, da.stride(0), self.sums.parts[4], shape.batch,

@@ -8,43 +8,15 @@ Names, all in the kernels' own units (a token is one row of S, a channel one col
     q, k, v  (B, S, E)       block-diagonal projections of c, c and a; blocks of QB x QB
     gate     (parts, B, S, 2 NH)  partial sums of the input and forget gates, one part per block of 32 channels
 
-The convolution's backward kernels walk tokens in strips: a strip is BW columns of the grid by ROWS rows. A causal 1-D
-convolution walks the sequence as rows of GW = BW tokens. Sums over tokens are written per program and added up outside,
-so results do not depend on the order in which programs run. Source: Vision-LSTM (arXiv 2406.04303) section 3, with the
-gates as linear maps of c and a, since q, k and v are linear in these.
+Sums over tokens are written per program and added up outside, so results do not depend on the order in which programs
+run. Source: Vision-LSTM (arXiv 2406.04303) section 3, with the gates as linear maps of c and a, since q, k and v are
+linear in these.
 """
 
 import triton
 import triton.language as tl
 
 __all__ = ['prepare_kernel']
-
-
-@triton.jit
-def _load_shifted(ptr, stride, t, channel, S, E):
-    """Tile (BW, BC) of a token-major tensor at places t, zero outside of the sequence."""
-    valid = (t >= 0) & (t < S)
-    return tl.load(
-        ptr + t.to(tl.int64)[:, None] * stride + channel[None, :],
-        mask=valid[:, None] & (channel < E)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _load_four(ptr, stride, t, first, channel, S, E):
-    """Tiles at the four successive places that a causal convolution sees, float32."""
-    t0 = _load_shifted(ptr, stride, t + first, channel, S, E).to(tl.float32)
-    t1 = _load_shifted(ptr, stride, t + first + 1, channel, S, E).to(tl.float32)
-    t2 = _load_shifted(ptr, stride, t + first + 2, channel, S, E).to(tl.float32)
-    t3 = _load_shifted(ptr, stride, t + first + 3, channel, S, E).to(tl.float32)
-    return t0, t1, t2, t3
-
-
-@triton.jit
-def _weigh3(x0, x1, x2, w0, w1, w2):
-    """One row of a 3 x 3 convolution, float32."""
-    return x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2
 
 
 @triton.jit
