@@ -86,13 +86,13 @@ def from_state(
         inner = begin + tl.arange(0, BK)
         x = load_rows(x_start, rows, inner, x_step, left, DH, False, EVEN)
         if TRANSPOSED:
-            state_a = load_columns(state, column_a, inner, DH, DH, DH, EVEN, EXACT)
+            state_a = load_columns(state, column_a, inner, DH, DH, DH, EXACT, EVEN)
         else:
             state_a = load_rows(state, inner, column_a, DH, DH, DH, EVEN, EXACT)
         out_a = state_product(out_a, x, state_a, PRECISION)
         if CB > 0:
             if TRANSPOSED:
-                state_b = load_columns(state, column_b, inner, DH, DH, DH, EVEN, EXACT)
+                state_b = load_columns(state, column_b, inner, DH, DH, DH, EXACT, EVEN)
             else:
                 state_b = load_rows(state, inner, column_b, DH, DH, DH, EVEN, EXACT)
             out_b = state_product(out_b, x, state_b, PRECISION)

@@ -135,6 +135,20 @@ def test_layouts_and_empty_batch(device: torch.device) -> None:
     assert [x.shape[0] for x in run(empty, dh[:0], True)] == [0] * 6
 
 
+@pytest.mark.parametrize('reverse', [False, True])
+def test_nothing_is_read_behind_the_states(reverse: bool, device: torch.device) -> None:
+    """Programs hold more columns than DH: what lies behind the last state must not reach the sums over columns."""
+    inputs, dh = make_inputs((1, 1, 80, 16), device=device)
+    columns = Pieces(32)
+    product = ProductTiles(16, 16, columns, 4, 1)
+    tiles = SETTINGS[16][0]._replace(output=product, gradient=product)
+    h, saved = triton_chunkwise.forward(*inputs, reverse, EPS, tiles)
+    behind = torch.full((2 * saved.states.numel(),), torch.nan, device=device)
+    states = behind[: saved.states.numel()].view_as(saved.states).copy_(saved.states)
+    gradients = triton_chunkwise.backward(dh, *inputs, h, saved._replace(states=states), reverse, EPS, tiles)
+    assert_all_close([h, *gradients], expected(inputs, dh, reverse), TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_smallest_tiles_fit_small_cards(dtype: torch.dtype) -> None:
     for dim in range(1, 513):
