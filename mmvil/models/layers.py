@@ -140,7 +140,19 @@ class PatchEmbed(nn.Module):
         bottom, right = (-(-size // self.patch_size) * self.patch_size - size for size in (height, width))
         if bottom or right:
             image = F.pad(image, (0, right, 0, bottom))
+        if image.is_cuda and self.proj.stride == self.proj.kernel_size:
+            return self._as_matrix_product(image)
         return self.proj(image).permute(0, 2, 3, 1)
+
+    def _as_matrix_product(self, image: Tensor) -> Tensor:
+        """The convolution of patches that do not overlap: on GPUs a matrix product is several times faster."""
+        amp = autocast_is_on(image.device.type)
+        dtype = torch.get_autocast_dtype(image.device.type) if amp else image.dtype
+        size = self.patch_size
+        patches = image.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+        # One pass over the image: cast, and cut into patches.
+        patches = patches.to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(3)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def _check_image(self, image: Tensor) -> None:
         """Refuse what cannot be embedded, naming what is accepted."""

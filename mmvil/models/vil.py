@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..registry import MODELS
 from .block import ViLBlock
 from .checkpoint import load_strictly, read_checkpoint, select_prefix, unwrap_state_dict
+from .graphed import TrainingGraphs
 from .layers import PatchEmbed, ResidualLayerNorm, check_drop_path_rate, patch_grid, resample_positions, to_pair
 
 __all__ = ['VisionLSTM']
@@ -54,6 +55,8 @@ class VisionLSTM(BaseModule):
         mlstm_backend: Backend of `mmvil.ops.mlstm`.
         fused: Run the sub-blocks on fused kernels where a GPU can; where it cannot, the plain modules run, and one log
             line says why.
+        cuda_graphs: Replay training passes on a GPU as CUDA graphs, from the third batch of a shape on: a host that
+            launches kernels more slowly than the GPU runs them is then no limit. See `mmvil.models.graphed`.
         pos_grid: Rows and columns of the position table, an int or a pair. Default: the token grid of `img_size`. With
             another one the table is resampled in each forward, as the published stride-8 models do.
         conv: 'conv2d', 'causal_conv1d', None (no convolution) or 'default' (as the version says).
@@ -116,6 +119,7 @@ class VisionLSTM(BaseModule):
         interpolate_mode: str = 'bicubic',
         mlstm_backend: str = 'auto',
         fused: bool = True,
+        cuda_graphs: bool = False,
         pos_grid: int | Sequence[int] | None = None,
         conv: str | None = 'default',
         conv_kernel_size: int | None = None,
@@ -134,6 +138,7 @@ class VisionLSTM(BaseModule):
         self.num_layers: int = settings.pop('num_layers')
         self.version, self.out_type, self.with_cp = version, out_type, with_cp
         self.interpolate_mode = interpolate_mode
+        self._graphs = TrainingGraphs() if cuda_graphs else None
         self.out_indices = _resolve_out_indices(out_indices, self.num_layers)
         self.frozen_stages = _check_frozen_stages(frozen_stages, self.num_layers)
         self.patch_size = _check_positive('patch_size', patch_size)
@@ -192,6 +197,10 @@ class VisionLSTM(BaseModule):
             TypeError: If the images are no tensor of the weights' dtype (under autocast: of a floating-point dtype).
             ValueError: If the images have another number of channels, are smaller than a patch or on another device.
         """
+        return self._run(x) if self._graphs is None else self._graphs(self, self._run, x)
+
+    def _run(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The forward pass, launched kernel by kernel."""
         tokens = self.patch_embed(x)
         grid = (tokens.shape[1], tokens.shape[2])
         positions = resample_positions(self.pos_embed, grid, self.interpolate_mode)

@@ -135,6 +135,24 @@ def test_patches_are_projected_row_by_row(stride: int) -> None:
             assert torch.allclose(tokens[0, row, column], expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_patches_as_a_matrix_product(dtype: torch.dtype) -> None:
+    """What GPUs do instead of a convolution, here on a CPU: the same result and gradients."""
+    embed = PatchEmbed(3, 5, 4, 4).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    nn.init.normal_(embed.proj.bias)
+    image = torch.randn(2, 3, 8, 12, dtype=embed.proj.bias.dtype).to(memory_format=torch.channels_last)
+    found = []
+    for project in (embed, embed._as_matrix_product):
+        leaves = [image.clone().requires_grad_(), *embed.parameters()]
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = project(leaves[0])
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        found.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    for actual, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_patch_embedding_starts_with_xavier_over_the_patch() -> None:
     embed = PatchEmbed(3, 64, 8, 8)
     bound = math.sqrt(6 / (64 + 3 * 8 * 8))
