@@ -12,17 +12,31 @@ FORWARD_PARTS = (('norm', 4, 0), ('up', 10, 8), ('conv and gates', 8, 0), ('down
 CELL_BYTES, BACKWARD_BYTES = 16, 88
 BACKWARD_PRODUCTS, BACKWARD_CELL = 2, 2.5
 
-# Bytes that a kernel has to move for one block, in units of S D: residual stream float32, E = 2 D, all else bfloat16.
+# Bytes that a launch of a kernel has to move, in units of S D: residual stream float32, E = 2 D, all else bfloat16, so
+# that a tensor of E channels counts 4.
 KERNEL_BYTES = {
     'layer_norm_kernel': 4 + 2,
-    'mix_kernel': 4 + 4 * 4,
-    'output_kernel': 4 * 4,
+    'mix2d_kernel': 5 * 4 + 2,  # with the shares of the gates
+    'gates_kernel': 2,
     'quadratic_forward_kernel': 4 * 4,
+    'output_kernel': 4 * 4,
+    'down_kernel': 4 + 4 + 4,
+    'branch_kernel': 4 + 2,
+    'output_backward_kernel': 8 * 4,
+    'query_kernel': 2 * 4,
+    'query_gradient_kernel': 5 * 4,
+    'mix_backward_kernel': 5 * 4,
+    'value_backward_kernel': 3 * 4,
+    'conv2d_backward_kernel': 4 * 4,
+    'layer_norm_backward_kernel': 4 + 2 + 4 + 4 + 2,
 }
+KEY_GRADIENT_BYTES = {True: 6 * 4, False: 18}
+"""Of the kernel for dk and dv by whether it makes both; else one launch for dk (20) and one for dv (16)."""
 COLUMNS = [
-    'size', 'pixels', 'images', 'model', 'forward', 'forward_compiled', 'forward_graph', 'train', 'train_compiled',
-    'train_graph', 'forward/deit', 'train/deit', 'memory/deit', 'forward_of_floor', 'train_of_floor', 'train_GiB',
-    'latency_ms', 'latency_graph_ms', 'error',
+    'size', 'pixels', 'images', 'model', 'forward', 'forward_compiled', 'forward_graph', 'forward_bf16', 'train',
+    'train_compiled', 'train_graph', 'train_replayed', 'forward/deit', 'forward_bf16/deit', 'train/deit', 'memory/deit',
+    'forward_of_floor', 'forward_bf16_of_floor', 'train_of_floor', 'train_GiB', 'latency_ms', 'latency_graph_ms',
+    'error',
 ]  # fmt: skip
 COLOURS = {'deit': '#6b7280', 'fused': '#2563eb', 'plain': '#db2777', 'parallel': '#ea580c'}
 MARKERS = {'tiny': 'o', 'small': 's', 'base': '^'}
@@ -56,8 +70,9 @@ def block_floor(tokens: int, dims: int, rates: dict[str, float]) -> dict[str, fl
 def add_ratios(rows: list[dict[str, object]], blocks: int, dims: int, rates: dict[str, float]) -> None:
     """Complete the rows of one size and resolution in place.
 
-    Ratios are images per second over DeiT's, graph against graph, else eager against eager; memory is bytes over
-    DeiT's. Shares of the floor are those of all blocks together, patch embedding and final norm not counted.
+    Ratios are images per second over DeiT's, graph against graph, else eager against eager; those with 'bf16' are of
+    models whose weights are bfloat16, in a graph. Memory is bytes over DeiT's. Shares of the floor are those of all
+    blocks together, patch embedding and final norm not counted.
 
     Args:
         rows: Measurements; the one whose model is 'deit' is the yardstick.
@@ -72,9 +87,14 @@ def add_ratios(rows: list[dict[str, object]], blocks: int, dims: int, rates: dic
             name = next((name for name in (f'{work}_graph', work) if name in row and name in deit), None)
             if name and row is not deit:
                 row[f'{work}/deit'] = round(row[name] / deit[name], 2)
-            best = max((row[name] for name in (work, f'{work}_compiled', f'{work}_graph') if name in row), default=None)
+            names = (work, f'{work}_compiled', f'{work}_graph', f'{work}_replayed')
+            best = max((row[name] for name in names if name in row), default=None)
             if best and row['model'] != 'deit':
                 row[f'{work}_of_floor'] = f'{best * blocks * floor[work]:.0%}'
+        if 'forward_bf16' in row and row['model'] != 'deit':
+            row['forward_bf16_of_floor'] = f'{row["forward_bf16"] * blocks * floor["forward"]:.0%}'
+            if 'forward_bf16' in deit:
+                row['forward_bf16/deit'] = round(row['forward_bf16'] / deit['forward_bf16'], 2)
         if 'train_GiB' in row and 'train_GiB' in deit and row is not deit:
             row['memory/deit'] = round(row['train_GiB'] / deit['train_GiB'], 2)
 
@@ -88,7 +108,7 @@ def known_bytes(kernel: str, images: int, tokens: int, dims: int) -> int | None:
         tokens: S.
         dims: D.
     """
-    units = KERNEL_BYTES.get(kernel)
+    units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else KERNEL_BYTES.get(kernel)
     return None if units is None else units * images * tokens * dims
 
 

@@ -7,10 +7,12 @@ measured in the same process. A ViL variant is first compared with float64 on on
 whose rounding errors exceed those of plain torch gets no times. Models: 'fused' (kernels for whole sub-blocks), 'plain'
 (modules and the mLSTM kernels), 'parallel' (modules and the quadratic mLSTM in plain torch, the official code's way and
 cost), 'deit' (timm's, else mmpretrain's, with scaled_dot_product_attention). Everything under bfloat16 autocast as in
-training; 'train' is forward and backward, without an optimizer step. 'graph' replays a CUDA graph.
+training; 'train' is forward and backward, without an optimizer step. 'graph' replays a CUDA graph, of 'forward_bf16'
+with weights and residual stream in bfloat16; 'train_replayed' is a usual training loop on cuda_graphs=True.
 """
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -53,10 +55,10 @@ def batch_size(pixels: int) -> int:
     return max(1, round(TOKENS / (pixels // PATCH) ** 2))
 
 
-def build_vil(model: str, size: str, pixels: int) -> VisionLSTM:
+def build_vil(model: str, size: str, pixels: int, **options: object) -> VisionLSTM:
     """Build a ViL variant with the pooled features that its classifier uses."""
     backend = 'parallel' if model == 'parallel' else 'auto'
-    options = {'arch': size, 'img_size': pixels, 'patch_size': PATCH, 'out_type': 'bilateral_concat'}
+    options |= {'arch': size, 'img_size': pixels, 'patch_size': PATCH, 'out_type': 'bilateral_concat'}
     return VisionLSTM(**options, fused=model == 'fused', mlstm_backend=backend)
 
 
@@ -128,8 +130,8 @@ def verdict(errors: list[float], rounding: list[float]) -> dict[str, object]:
     return found if worst <= TIMES_ROUNDING else {**found, 'error': f'WRONG: {worst:.1f} times the rounding errors'}
 
 
-def references(size: str, pixels: int, state: dict[str, Tensor]) -> tuple[list[Tensor], list[float], Tensor]:
-    """Exact results for one image, the rounding errors of plain torch, and the image."""
+def references(size: str, pixels: int, state: dict[str, Tensor]) -> tuple[list[Tensor], list[float], float, Tensor]:
+    """Exact results for one image, the rounding errors of plain torch, also with bfloat16 weights, and the image."""
     image = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)).cuda()
     plain = build_vil('plain', size, pixels).cuda()
     plain.load_state_dict(state)
@@ -137,8 +139,9 @@ def references(size: str, pixels: int, state: dict[str, Tensor]) -> tuple[list[T
         block.layer.mlstm_backend = 'chunkwise'
     plain.with_cp = True
     rounded = results(plain, image, autocast=True)
+    half = half_work(copy.deepcopy(plain).bfloat16(), image)().double().cpu()
     exact = results(plain.double(), image.double(), autocast=False)
-    return exact, relative_errors(rounded, exact), image
+    return exact, relative_errors(rounded, exact), *relative_errors([half], exact[:1]), image
 
 
 def forward_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -147,6 +150,29 @@ def forward_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
     def work() -> Tensor:
         with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
             return features(model(images))
+
+    return work
+
+
+def half_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    """Inference with weights and images in bfloat16."""
+    images = images.bfloat16()
+
+    def work() -> Tensor:
+        with torch.no_grad():
+            return features(model(images))
+
+    return work
+
+
+def loop_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    """A training step without the optimizer's, as a training loop does it."""
+
+    def work() -> None:
+        model.zero_grad()
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = weighted_sum(features(model(images)).float())
+        loss.backward()
 
     return work
 
@@ -187,7 +213,7 @@ def latency(work: Callable[[], object], repeats: int = 20) -> float:
 
 def measure(
     row: dict[str, object], model: nn.Module, images: Tensor, modes: Iterable[str], stopwatch: Stopwatch,
-    check: Callable[[nn.Module], dict[str, object]],
+    check: Callable[[nn.Module], dict[str, object]], check_half: Callable[[nn.Module], dict[str, object]],
 ) -> None:  # fmt: skip
     """Fill in a row's images per second, memory and latency."""
     count = len(images)
@@ -207,6 +233,17 @@ def measure(
             timed(name, run)
         if 'graph' in modes:
             timed(f'{name}_graph', graphed(run))
+    if 'graph' in modes:
+        half = copy.deepcopy(model).bfloat16()
+        row.update(check_half(half))
+        if 'error' in row:
+            return
+        timed('forward_bf16', graphed(half_work(half, images)))
+    if 'eager' in modes and isinstance(model, VisionLSTM) and model.blocks[0].layer.fused:
+        replayed = build_vil('fused', row['size'], row['pixels'], cuda_graphs=True).cuda().train()
+        replayed.load_state_dict(model.state_dict())
+        timed('train_replayed', loop_work(replayed, images))
+        del replayed
     if 'compiled' in modes:
         compiled = torch.compile(model)
         row['compiled'] = check(compiled)
@@ -260,15 +297,25 @@ def measure_model(
     def check(candidate: nn.Module) -> dict[str, object]:
         if name == 'deit':
             return {}
-        reference, rounding, image = exact
+        reference, rounding, _, image = exact
         return verdict(relative_errors(results(candidate, image, autocast=True), reference), rounding)
+
+    def check_half(candidate: nn.Module) -> dict[str, object]:
+        if name == 'deit':
+            return {}
+        reference, _, rounding, image = exact
+        out = half_work(candidate, image)().double().cpu()
+        (error,) = relative_errors([out], reference[:1])
+        found = {'bf16_output_error': float(f'{error:.2e}'), 'bf16_plain_error': float(f'{rounding:.2e}')}
+        # Not the negation: NaN is wrong, too.
+        return found if error <= TIMES_ROUNDING * rounding else {**found, 'error': 'WRONG with bfloat16 weights'}
 
     row.update(check(model))
     if 'error' in row:
         return row
     row['parameters'] = sum(p.numel() for p in model.parameters())
     try:
-        measure(row, model, images, options.modes, stopwatch, check)
+        measure(row, model, images, options.modes, stopwatch, check, check_half)
         if options.profile:
             row['profile'] = profile(model, images, tokens, VisionLSTM.arch_zoo[size]['embed_dims'])
     except torch.cuda.OutOfMemoryError:
