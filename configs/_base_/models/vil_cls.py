@@ -11,6 +11,7 @@ model = dict(
         out_type='bilateral_concat',
         pool_norm=True,
         drop_path_rate=0.0,
+        cuda_graphs=True,  # training is then not bound by the host
     ),
     neck=None,
     head=dict(
