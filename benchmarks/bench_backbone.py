@@ -351,6 +351,7 @@ def warm(options: argparse.Namespace) -> None:
         model, image = build_vil(name, size, pixels).cuda(), torch.randn(2, 3, pixels, pixels, device='cuda')
         train_work(model, image)()
         forward_work(model, image)()
+        half_work(model.bfloat16(), image)()
     torch.cuda.synchronize()
 
 

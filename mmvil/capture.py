@@ -1,13 +1,32 @@
 """Inference as one CUDA graph: a small model then takes the time of its kernels, not that of launching them."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['CapturedModel', 'capture_inference']
+__all__ = ['CapturedModel', 'capture_inference', 'capturing']
 
 WARMUP_RUNS = 3
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **options: object) -> Iterator[None]:
+    """`torch.cuda.graph`, after whose failure random numbers can still be drawn.
+
+    Args:
+        graph: Takes what the body launches.
+        **options: Further arguments of `torch.cuda.graph`.
+    """
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    except BaseException:
+        # A capture that fails leaves the generator's state as in a capture; one that does not, ends that.
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device='cuda')
+        raise
 
 
 class CapturedModel:
@@ -44,7 +63,7 @@ class CapturedModel:
             for _ in range(WARMUP_RUNS):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph):
+        with capturing(self._graph):
             return work()
 
     def __call__(self, x: Tensor) -> object:

@@ -9,6 +9,8 @@ from mmengine.optim import OptimWrapper
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from ..capture import capturing
+
 __all__ = ['Updater', 'why_not_graphed']
 
 
@@ -110,7 +112,7 @@ class Updater:
         self.images = images.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            with self._rates_as_tensors(), torch.cuda.graph(graph):
+            with self._rates_as_tensors(), capturing(graph):
                 self.loss = self._update(self.images)
         except RuntimeError as error:
             self.wants_graph = False

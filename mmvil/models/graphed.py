@@ -9,6 +9,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..capture import capturing
+
 __all__ = ['TrainingGraphs']
 
 EAGER_PASSES = 2
@@ -131,20 +133,18 @@ class _Pass:
         ):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries allocate their workspaces for the stream of a capture
+            with torch.cuda.stream(stream):  # for the stream of a capture libraries allocate workspaces of their own
                 outputs = run(self._input)
-                gradients = torch.autograd.grad(outputs, parameters, [torch.zeros_like(out) for out in outputs])
-                del outputs, gradients
+                self._upstream = [torch.zeros_like(out) for out in outputs]
+                _flat_gradients(outputs, parameters, self._upstream)
             torch.cuda.current_stream().wait_stream(stream)
             pool = torch.cuda.graph_pool_handle()
             # Threads that load data may call CUDA meanwhile.
             options = {'pool': pool, 'stream': stream, 'capture_error_mode': 'thread_local'}
-            with torch.cuda.graph(self._forward, **options):
+            with capturing(self._forward, **options):
                 outputs = run(self._input)
-            self._upstream = [torch.zeros_like(out) for out in outputs]
-            with torch.cuda.graph(self._backward, **options):
-                gradients = torch.autograd.grad(outputs, parameters, self._upstream)
-                self._gradients = torch.cat([gradient.flatten() for gradient in gradients])
+            with capturing(self._backward, **options):
+                self._gradients = _flat_gradients(outputs, parameters, self._upstream)
         self._outputs = [out.detach() for out in outputs]
 
     @property
@@ -187,6 +187,11 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError('the activations of this pass are gone; use cuda_graphs=False to go backward twice')
         ctx.turn.done = True
         return None, None, *ctx.captured.backward(upstream)
+
+
+def _flat_gradients(outputs: Sequence[Tensor], parameters: Sequence[Tensor], upstream: Sequence[Tensor]) -> Tensor:
+    """Gradients of the parameters behind each other."""
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(outputs, parameters, upstream)])
 
 
 @contextmanager

@@ -53,7 +53,10 @@ def assert_same_training(kinds: int, shapes: list[tuple], accumulate: int = 1, *
     eager, replayed = build(**options), build(cuda_graphs=True, **options)
     expected, actual = (train(model, shapes, accumulate=accumulate) for model in (eager, replayed))
     assert captured(replayed) == kinds
-    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    if options.get('fused', True):
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    else:  # torch's own kernels differ from run to run
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_nothing_changes_on_a_cpu() -> None:
@@ -107,7 +110,8 @@ def test_a_pass_that_waits_for_its_backward_keeps_its_activations() -> None:
     found = []
     for options in ({}, {'cuda_graphs': True}):
         model = build(**options)
-        train(model, [SHAPE] * PASSES)
+        train(model, [SHAPE] * PASSES, dtype=None)
+        assert not options or captured(model) == 1
         images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(3)).cuda()
         first, second = model(images[0])[0], model(images[1])[0]
         (second * images[1].mean()).square().sum().backward()
@@ -119,7 +123,7 @@ def test_a_pass_that_waits_for_its_backward_keeps_its_activations() -> None:
 @pytest.mark.gpu
 def test_forgotten_passes_do_not_stop_replays() -> None:
     model = build(cuda_graphs=True)
-    train(model, [SHAPE] * PASSES)
+    train(model, [SHAPE] * PASSES, dtype=None)
     (captured_pass,) = model._graphs._passes.values()
     image = torch.randn(SHAPE, device='cuda')
     kept = model(image)
@@ -175,6 +179,24 @@ def test_what_cannot_be_captured_says_so_once(options: dict, reason: str) -> Non
 
 
 @pytest.mark.gpu
+def test_a_capture_that_fails_does_no_harm() -> None:
+    model = build(cuda_graphs=True, drop_path_rate=0.5)
+    image = torch.randn(SHAPE, device='cuda')
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return (model._run(x)[0] * x.mean().item(),)  # waits for the device
+
+    with mock.patch.object(graphed, 'print_log') as log:
+        for _ in range(PASSES):
+            (out,) = model._graphs(model, run, image)
+            out.sum().backward()
+    assert captured(model) == 0
+    assert log.call_count == 1
+    assert torch.randn(3, device='cuda').isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.gpu
 def test_loss_scaling_in_float16() -> None:
     found = []
     for options in ({}, {'cuda_graphs': True}):
@@ -189,5 +211,6 @@ def test_loss_scaling_in_float16() -> None:
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+        assert not options or captured(model) == 1
         found.append(list(model.parameters()))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))

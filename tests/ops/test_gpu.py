@@ -1,5 +1,7 @@
 """The operator on a real device: dtypes, long sequences, every tile setting, determinism, memory, capture, compile."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -191,12 +193,12 @@ def test_memory_grows_linearly() -> None:
 
 
 def test_auto_takes_the_kernels_and_leaves_float64_and_large_heads_to_torch() -> None:
-    for shape, dtype, expected_op in [
+    for shape, dtype, expected_kernels in [
         ((1, 1, 20, 16), torch.bfloat16, True),
         ((1, 1, 20, 16), torch.float64, False),
         ((1, 1, 20, 520), torch.float32, False),
     ]:
         inputs, _ = make_inputs(shape, dtype, 'cuda')
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with mock.patch.object(triton_quadratic, 'forward', wraps=triton_quadratic.forward) as kernels_run:
             mlstm(*inputs)
-        assert any(event.key == 'mmvil::mlstm_fwd' for event in profile.key_averages()) == expected_op
+        assert kernels_run.called == expected_kernels
