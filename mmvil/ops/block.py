@@ -129,10 +129,10 @@ def _prepare(
     )
     programs = parts + ceil_div(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(programs,)](
-        weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wg'], weights['conv_w'],
-        constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies,
-        *sizes.values(), parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block, HEADS=shape.heads,
-        HAS_BIAS=weights['bq'] is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
+        weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wi'], weights['wf'],
+        weights['conv_w'], constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes),
+        *copies, *sizes.values(), parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block,
+        HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
     return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found
@@ -166,18 +166,18 @@ def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tenso
         mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
             *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options
         )
-    return pre, q, k, v, _gates(shape, shares, mix.constant, weights['gate_b'])
+    return pre, q, k, v, _gates(shape, shares, mix.constant, weights)
 
 
-def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, bias: Tensor) -> Tensor:
+def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, weights: dict[str, Tensor | None]) -> Tensor:
     """Sum of the gates' shares, (2, B, NH, S)."""
     gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
     parts, width = constant.shape
     step, warps = SETTINGS['gates']
     mix_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step),)](
-        shares, constant, bias, gates, shape.batch, shape.tokens, shares.numel() // gates.numel(), parts,
-        HEADS=shape.heads, BG=width, BT=step, BP=GATE_PARTS, BN=next_power_of_two(2 * shape.heads),
-        num_warps=warps,
+        shares, constant, weights['bi'], weights['bf'], gates, shape.batch, shape.tokens,
+        shares.numel() // gates.numel(), parts, HEADS=shape.heads, BG=width, BT=step, BP=GATE_PARTS,
+        BN=next_power_of_two(2 * shape.heads), num_warps=warps,
     )  # fmt: skip
     return gates
 

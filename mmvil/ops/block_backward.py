@@ -204,8 +204,8 @@ class _Backward:
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
         parts = self._parts(channels)
         kernels.prepare_backward_kernel[(parts + ceil_div(max(sizes), COPY_BLOCK),)](
-            weights['wq'], weights['wk'], weights['wv'], weights['wg'], maps, *wide, *copies, *sizes, parts,
-            shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
+            weights['wq'], weights['wk'], weights['wv'], weights['wi'], weights['wf'], maps, *wide, *copies, *sizes,
+            parts, shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
         )  # fmt: skip
         up, down = (x.view_as(w) if size else w for x, w, size in zip(copies, wide, sizes, strict=True))
         return maps.view(2, shape.inner, gates), up, down
@@ -284,9 +284,9 @@ class _Backward:
             mix.new_empty(2 * shape.heads, 3 * inner),
         )
         kernels.finish_kernel[(self._parts(channels), 3)](
-            mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wg'], *qkv_biases(weights), matrices,
-            biases, wg, inner, QB=block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels,
-            BG=gate_width(shape), num_warps=4,
+            mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wi'], weights['wf'],
+            *qkv_biases(weights), matrices, biases, wg, inner, QB=block, HEADS=shape.heads,
+            HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gate_width(shape), num_warps=4,
         )  # fmt: skip
         _, head_w, head_b, skip = output.view(4, inner)
         conv_w, conv_b, _ = conv.split([inner * self.taps, inner, inner])

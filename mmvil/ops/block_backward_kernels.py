@@ -93,7 +93,7 @@ def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constex
 
 @triton.jit
 def _map_gates(
-    part, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E,
+    part, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, E,
     QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Rows of one block of BC channels in both maps of `prepare_backward_kernel`."""
@@ -103,9 +103,9 @@ def _map_gates(
     mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
     mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
     mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
-    gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
+    gq = _gate_matrix(wi_ptr, wf_ptr, 0, channel, E, HEADS, BG)
+    gk = _gate_matrix(wi_ptr, wf_ptr, 1, channel, E, HEADS, BG)
+    gv = _gate_matrix(wi_ptr, wf_ptr, 2, channel, E, HEADS, BG)
     gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
     ga = tl.dot(mv, gv, input_precision='tf32x3')
     tl.store(map_ptr + place, gc.to(map_ptr.dtype.element_ty), mask=inside)
@@ -114,8 +114,8 @@ def _map_gates(
 
 @triton.jit
 def prepare_backward_kernel(
-    wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size, down_size, parts, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
+    wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size,
+    down_size, parts, E, QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gates as linear maps of c and of a, through q, k and v: (2, E, BG); and copies in the activations' dtype.
 
@@ -123,7 +123,7 @@ def prepare_backward_kernel(
     """
     program = tl.program_id(0)
     if program < parts:
-        _map_gates(program, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E, QB, HEADS, BC, BG)
+        _map_gates(program, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, E, QB, HEADS, BC, BG)
     else:
         _copy(up_ptr, up_copy_ptr, (program - parts) * BLOCK, up_size, BLOCK)
         _copy(down_ptr, down_copy_ptr, (program - parts) * BLOCK, down_size, BLOCK)
@@ -296,7 +296,7 @@ def sum_kernel(
 
 @triton.jit
 def finish_kernel(
-    mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wg_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr, E,
+    mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr, E,
     QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one of Wq, Wk, Wv (second program index) and its gates from the total mix and value rows.
@@ -316,7 +316,7 @@ def finish_kernel(
     wide = channel[:, None] * QB + i[None, :]
     for which in tl.static_range(3):
         if tl.program_id(1) == which:
-            weights = _gate_matrix(wg_ptr, which, channel, E, 2 * HEADS, BG).to(tl.float32)  # (BC, BG)
+            weights = _gate_matrix(wi_ptr, wf_ptr, which, channel, E, HEADS, BG)  # (BC, BG)
             seen = gate_c if which < 2 else gate_a
             dw_sum = mix_ptr + which * E * QB if which < 2 else value_ptr
             db_sum = mix_ptr + 2 * E * QB + which * E if which < 2 else value_ptr + E * QB

@@ -28,13 +28,14 @@ def _block_matrix(w_ptr, first, E, QB: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _gate_matrix(w_ptr, part, channel, E, GATES: tl.constexpr, BG: tl.constexpr):
-    """(BC, BG) slice of the gates' weights (GATES, 3E) for q (part 0), k (1) or v (2)."""
-    g = tl.arange(0, BG)
-    return tl.load(
-        w_ptr + g[None, :] * (3 * E) + part * E + channel[:, None],
-        mask=(channel < E)[:, None] & (g < GATES)[None, :], other=0.0,
-    )  # fmt: skip
+def _gate_matrix(wi_ptr, wf_ptr, part, channel, E, HEADS: tl.constexpr, BG: tl.constexpr):
+    """(BC, BG) slice of the gates' weights (HEADS, 3E), the input gates first, for q (part 0), k (1) or v (2)."""
+    g = tl.arange(0, BG)[None, :]
+    inside = (channel < E)[:, None]
+    place = g * (3 * E) + part * E + channel[:, None]
+    wi = tl.load(wi_ptr + place, mask=inside & (g < HEADS), other=0.0).to(tl.float32)
+    is_forget = inside & (g >= HEADS) & (g < 2 * HEADS)
+    return wi + tl.load(wf_ptr + place - HEADS * 3 * E, mask=is_forget, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC: tl
 
 @triton.jit
 def _fold(
-    part, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr,
+    part, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr,
     taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
     HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
@@ -74,9 +75,9 @@ def _fold(
     mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
     mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
     mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
-    gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
+    gq = _gate_matrix(wi_ptr, wf_ptr, 0, channel, E, HEADS, BG)
+    gk = _gate_matrix(wi_ptr, wf_ptr, 1, channel, E, HEADS, BG)
+    gv = _gate_matrix(wi_ptr, wf_ptr, 2, channel, E, HEADS, BG)
     gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
     ga = tl.dot(mv, gv, input_precision='tf32x3')
     constant = tl.zeros((BG,), tl.float32)
@@ -96,7 +97,7 @@ def _fold(
 
 @triton.jit
 def prepare_kernel(
-    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr, taps_ptr,
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr,
     matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr, down_w_copy_ptr,
     up_w_size, up_b_size, down_w_size, parts, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
     HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
@@ -113,7 +114,7 @@ def prepare_kernel(
     program = tl.program_id(0)
     if program < parts:
         _fold(
-            program, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr,
+            program, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr,
             constant_ptr, taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS, REVERSE, QB, HEADS, HAS_BIAS, BC, BG,
         )  # fmt: skip
     else:

@@ -328,7 +328,7 @@ def mix1d_kernel(
 
 @triton.jit(do_not_specialize=['B', 'S', 'parts', 'constant_parts'])
 def gates_kernel(
-    share_ptr, constant_ptr, bias_ptr, gates_ptr, B, S, parts, constant_parts,
+    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, B, S, parts, constant_parts,
     HEADS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gates (2, B, NH, S): shares (parts, B * S, 2 NH), constants (parts, BG) and bias added up, BP parts at a time."""
@@ -340,7 +340,8 @@ def gates_kernel(
     tokens = B.to(tl.int64) * S
     is_gate = g < 2 * HEADS
     mask = (token < tokens)[:, None] & is_gate[None, :]
-    bias = tl.load(bias_ptr + g, mask=is_gate, other=0.0).to(tl.float32)
+    bias = tl.load(bi_ptr + g, mask=g < HEADS, other=0.0).to(tl.float32)
+    bias += tl.load(bf_ptr + g - HEADS, mask=is_gate & (g >= HEADS), other=0.0).to(tl.float32)
     for start in range(0, constant_parts, BP):
         has = (start + p < constant_parts)[:, None] & is_gate[None, :]
         bias += tl.sum(tl.load(constant_ptr + (start + p)[:, None] * BG + g[None, :], mask=has, other=0.0), 0)
