@@ -13,13 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import block_gemm_kernels, block_kernels, block_mix_kernels, block_norm_kernels
+from . import (
+    block_gate_kernels,
+    block_gemm_kernels,
+    block_kernels,
+    block_mix_kernels,
+    block_norm_kernels,
+    triton_quadratic,
+)
 from .fast_launch import FastKernels
 from .triton_launch import Tiles, ceil_div, dot_precision, launch_first_fitting, next_power_of_two
 
 __all__ = ['NORM_EPS', 'BlockShape', 'block_forward', 'gate_width', 'qkv_biases']
 
 kernels = FastKernels(block_kernels)
+gate_kernels = FastKernels(block_gate_kernels)
 gemm_kernels = FastKernels(block_gemm_kernels)
 mix_kernels = FastKernels(block_mix_kernels)
 norm_kernels = FastKernels(block_norm_kernels)
@@ -27,7 +35,9 @@ norm_kernels = FastKernels(block_norm_kernels)
 # Channels and pairs of tokens of a program of the forward mixing kernel, fixed by how its threads hold them.
 MIX_CHANNELS = 32
 MIX_PAIRS = 8
-GATE_PARTS = 8
+# Sequences and heads up to which the gates are summed and scanned by one kernel, an image a program.
+SCAN_TOKENS = triton_quadratic.SCAN_SPANS['SHORT_SPAN']
+SCAN_HEADS = 8
 COPY_BLOCK = 4096
 LOWERED = ('up_w', 'up_b', 'down_w')
 # Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken: on one
@@ -38,7 +48,8 @@ DOWN_MAX_DIMS = 512
 SETTINGS = {
     'norm': (4096, 4),
     'mix_rows': (4, 4),
-    'gates': (32, 1),
+    'gates': (64, 2),
+    'scan': (SCAN_TOKENS, 8),
     'output': (2048, 4),
 }
 NORM_EPS = 1e-5
@@ -139,7 +150,7 @@ def _prepare(
 
 
 def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
-    """The convolution's output, q, k, v (B, S, E) and the gates' pre-activations (2, B, NH, S)."""
+    """The convolution's output, q, k, v (B, S, E) and shares (parts, B * S, 2 NH) of the gates."""
     parts, gates = ceil_div(shape.inner, MIX_CHANNELS), 2 * shape.heads
     pre, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
@@ -166,20 +177,30 @@ def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tenso
         mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
             *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options
         )
-    return pre, q, k, v, _gates(shape, shares, mix.constant, weights)
+    return pre, q, k, v, shares
 
 
-def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, weights: dict[str, Tensor | None]) -> Tensor:
-    """Sum of the gates' shares, (2, B, NH, S)."""
+def _gates(
+    shape: BlockShape, cell: ModuleType, q: Tensor, shares: Tensor, constant: Tensor, weights: dict[str, Tensor | None]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the gates' shares, (2, B, NH, S), and what else the cell is given: its scans, where they are made here."""
     gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
     parts, width = constant.shape
+    tensors = shares, constant, weights['bi'], weights['bf'], gates
+    options = {'HEADS': shape.heads, 'BG': width, 'BN': next_power_of_two(shape.heads)}
+    if cell is triton_quadratic and shape.tokens <= SCAN_TOKENS and shape.heads <= SCAN_HEADS:
+        (stats,) = cell.empty_saved(q)
+        pitch = stats.shape[-1] // cell.BLOCK
+        gate_kernels.gates_scan_kernel[(shape.batch,)](
+            *tensors, stats, shape.batch, shape.tokens, parts, pitch, shape.batch * shape.heads * pitch,
+            int(shape.reverse), **options, SPAN=SCAN_TOKENS, num_warps=SETTINGS['scan'][1],
+        )  # fmt: skip
+        return gates, {'stats': stats}
     step, warps = SETTINGS['gates']
-    mix_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step),)](
-        shares, constant, weights['bi'], weights['bf'], gates, shape.batch, shape.tokens,
-        shares.numel() // gates.numel(), parts, HEADS=shape.heads, BG=width, BT=step, BP=GATE_PARTS,
-        BN=next_power_of_two(2 * shape.heads), num_warps=warps,
-    )  # fmt: skip
-    return gates
+    gate_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step),)](
+        *tensors, shape.batch, shape.tokens, parts, **options, BT=step, num_warps=warps
+    )
+    return gates, {}
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -230,9 +251,10 @@ def block_forward(
     u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
-    pre, q, k, v, gates = _mix(shape, a, mix, weights)
+    pre, q, k, v, shares = _mix(shape, a, mix, weights)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
-    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
+    gates, scans = _gates(shape, cell, heads[0], shares, mix.constant, weights)
+    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6, **scans)
     y = _output(shape, h, pre, z, weights)
     if is_whole:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
