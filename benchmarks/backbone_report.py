@@ -14,7 +14,7 @@ BACKWARD_PRODUCTS, BACKWARD_CELL = 2, 2.5
 
 # Bytes that a kernel has to move for one block, in units of S D: residual stream float32, E = 2 D, all else bfloat16.
 KERNEL_BYTES = {
-    'layer_norm_kernel': 4 + 2,
+    'prepare_kernel': 4 + 2,  # its norm
     'mix_kernel': 4 + 4 * 4,
     'output_kernel': 4 * 4,
     'quadratic_forward_kernel': 4 * 4,

@@ -1,8 +1,9 @@
 """The whole ViL block in few kernels: launchers of the forward pass. Works on tensors, knows no modules.
 
-Norm, up-projection, one kernel for convolution, projections and gates, the cell, one kernel for head norm, skip and
-gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input, the up-projection's
-output, the gates, the convolution's output, keys and values, and the cell's output with its statistics.
+One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell, one kernel
+for head norm, skip and gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input,
+the up-projection's output, the gates, the convolution's output, keys and values, and the cell's output with its
+statistics.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ MIX_PAIRS = 8
 # Sequences and heads up to which the gates are summed and scanned by one kernel, an image a program.
 SCAN_TOKENS = triton_quadratic.SCAN_SPANS['SHORT_SPAN']
 SCAN_HEADS = 8
-COPY_BLOCK = 4096
+COPY_BLOCK = 2048
 LOWERED = ('up_w', 'up_b', 'down_w')
 # Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken: on one
 # H100 it was faster than cuBLAS and an addition at D = 192 and 384, slower at 768.
@@ -83,19 +84,6 @@ class BlockShape:
         return self.grid[0] * self.grid[1]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Normalise the rows of x (rows, D); the stored weight is the difference from one."""
-    rows, dims = x.shape
-    out = torch.empty_like(x, dtype=dtype)
-    width = next_power_of_two(dims)
-    height = max(1, SETTINGS['norm'][0] // width)
-    norm_kernels.layer_norm_kernel[(ceil_div(rows, height),)](
-        x, weight, weight if bias is None else bias, out, rows, dims, NORM_EPS, HAS_BIAS=bias is not None,
-        BM=height, BD=width, num_warps=SETTINGS['norm'][1],
-    )  # fmt: skip
-    return out
-
-
 def gate_width(shape: BlockShape) -> int:
     """Columns of a tile of gates."""
     return max(16, next_power_of_two(2 * shape.heads))
@@ -124,9 +112,9 @@ class MixWeights:
 
 
 def _prepare(
-    shape: BlockShape, weights: dict[str, Tensor | None], dtype: torch.dtype
-) -> tuple[MixWeights, dict[str, Tensor | None]]:
-    """What `_mix` reads, and the outer projections' weights in dtype, all by one kernel."""
+    shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype
+) -> tuple[MixWeights, dict[str, Tensor | None], Tensor]:
+    """What `_mix` reads, the outer projections' weights in dtype and the normalised rows of x, all by one kernel."""
     parts, gates = ceil_div(shape.inner, MIX_CHANNELS), gate_width(shape)
     taps = weights['conv_w'][0].numel()
     found = {name: weights[name] for name in LOWERED}
@@ -138,15 +126,22 @@ def _prepare(
     matrices, gate_matrices, *copies = low.split_with_sizes(
         [parts * 3 * MIX_CHANNELS**2, parts * 2 * MIX_CHANNELS * gates, *sizes.values()]
     )
-    programs = parts + ceil_div(max(sizes.values()), COPY_BLOCK)
-    kernels.prepare_kernel[(programs,)](
+    rows, (count, dims) = x.flatten(0, 1), (shape.batch * shape.tokens, x.shape[2])
+    norm, bias = weights['norm_w'], weights['norm_b']
+    normalised = rows.to(dtype) if norm is None else torch.empty_like(rows, dtype=dtype)
+    width = next_power_of_two(dims)
+    height = max(1, SETTINGS['norm'][0] // width)
+    others = 3 * parts + ceil_div(max(sizes.values()), COPY_BLOCK)
+    kernels.prepare_kernel[(others + (0 if norm is None else ceil_div(count, height)),)](
         weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wi'], weights['wf'],
         weights['conv_w'], constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes),
-        *copies, *sizes.values(), parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block,
-        HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
+        *copies, rows, rows if norm is None else norm, rows if bias is None else bias, normalised, *sizes.values(),
+        parts, others, shape.inner, count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, QB=shape.block,
+        HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, NORM_BIAS=bias is not None, BC=MIX_CHANNELS, BG=gates,
+        BLOCK=COPY_BLOCK, BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
-    return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found
+    return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found, normalised
 
 
 def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
@@ -245,9 +240,7 @@ def block_forward(
         The new residual stream (of the inner part: its output in dtype), and for the backward pass: u (B, S, 2E), gates
         (2, B, NH, S), h, the convolution's output, k, v (B, S, E), the cell's statistics.
     """
-    mix, lowered = _prepare(shape, weights, dtype)
-    is_whole, rows = weights['norm_w'] is not None, x.flatten(0, 1)
-    normalised = layer_norm(rows, weights['norm_w'], weights['norm_b'], dtype) if is_whole else rows.to(dtype)
+    mix, lowered, normalised = _prepare(shape, x, weights, dtype)
     u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
@@ -256,7 +249,7 @@ def block_forward(
     gates, scans = _gates(shape, cell, heads[0], shares, mix.constant, weights)
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6, **scans)
     y = _output(shape, h, pre, z, weights)
-    if is_whole:
+    if weights['norm_w'] is not None:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
     else:
         out = F.linear(y, lowered['down_w'], None if weights['down_b'] is None else weights['down_b'].to(dtype))

@@ -35,7 +35,7 @@ FLOAT_TILES = {**FLAT_TILES, 'mix': (16, 16, 2, 3, 4), 'value': (16, 16, 2, 2, 8
 CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
 CONV_REGISTERS = 168
 SUM_TILE = (128, 32, 8)
-COPY_BLOCK = 4096
+COPY_BLOCK = 2048
 
 
 def _walk(shape: BlockShape) -> tuple[int, int]:
@@ -203,7 +203,7 @@ class _Backward:
         sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
         parts = self._parts(channels)
-        kernels.prepare_backward_kernel[(parts + ceil_div(max(sizes), COPY_BLOCK),)](
+        kernels.prepare_backward_kernel[(2 * parts + ceil_div(max(sizes), COPY_BLOCK),)](
             weights['wq'], weights['wk'], weights['wv'], weights['wi'], weights['wf'], maps, *wide, *copies, *sizes,
             parts, shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
         )  # fmt: skip

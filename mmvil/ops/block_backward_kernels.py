@@ -11,7 +11,7 @@ over tokens are written per program, one row of partial sums each, and added up 
 import triton
 import triton.language as tl
 
-from .block_kernels import _block_matrix, _copy, _gate_matrix
+from .block_kernels import _block_matrix, _fold_gates, _gate_matrix, _load_block, _store_block
 from .triton_launch import interpreting
 
 __all__ = [
@@ -92,24 +92,10 @@ def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constex
 
 
 @triton.jit
-def _map_gates(
-    part, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """Rows of one block of BC channels in both maps of `prepare_backward_kernel`."""
-    channel = part * BC + tl.arange(0, BC)
+def _store_map(map_ptr, channel, E, gate, BG: tl.constexpr):
+    """Write a part's map to the gates."""
     place = channel[:, None] * BG + tl.arange(0, BG)[None, :]
-    inside = (channel < E)[:, None]
-    mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
-    mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
-    mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
-    gq = _gate_matrix(wi_ptr, wf_ptr, 0, channel, E, HEADS, BG)
-    gk = _gate_matrix(wi_ptr, wf_ptr, 1, channel, E, HEADS, BG)
-    gv = _gate_matrix(wi_ptr, wf_ptr, 2, channel, E, HEADS, BG)
-    gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
-    ga = tl.dot(mv, gv, input_precision='tf32x3')
-    tl.store(map_ptr + place, gc.to(map_ptr.dtype.element_ty), mask=inside)
-    tl.store(map_ptr + E * BG + place, ga.to(map_ptr.dtype.element_ty), mask=inside)
+    tl.store(map_ptr + place, gate.to(map_ptr.dtype.element_ty), mask=(channel < E)[:, None])
 
 
 @triton.jit
@@ -119,14 +105,24 @@ def prepare_backward_kernel(
 ):  # fmt: skip
     """The gates as linear maps of c and of a, through q, k and v: (2, E, BG); and copies in the activations' dtype.
 
-    Program i < parts does block i of BC channels, the others copy the outer projections' weights.
+    Two programs for each part of BC channels, the others copy the outer projections' weights.
     """
     program = tl.program_id(0)
-    if program < parts:
-        _map_gates(program, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, E, QB, HEADS, BC, BG)
+    if program >= 2 * parts:
+        first = (program - 2 * parts) * BLOCK
+        up = _load_block(up_ptr, first, up_size, BLOCK)
+        down = _load_block(down_ptr, first, down_size, BLOCK)
+        _store_block(up_copy_ptr, first, up_size, up, BLOCK)
+        _store_block(down_copy_ptr, first, down_size, down, BLOCK)
+    elif program >= parts:
+        channel = (program - parts) * BC + tl.arange(0, BC)
+        gate = _fold_gates(wv_ptr, wi_ptr, wf_ptr, 2, channel, E, QB, HEADS, BG)
+        _store_map(map_ptr + E * BG, channel, E, gate, BG)
     else:
-        _copy(up_ptr, up_copy_ptr, (program - parts) * BLOCK, up_size, BLOCK)
-        _copy(down_ptr, down_copy_ptr, (program - parts) * BLOCK, down_size, BLOCK)
+        channel = program * BC + tl.arange(0, BC)
+        gate = _fold_gates(wq_ptr, wi_ptr, wf_ptr, 0, channel, E, QB, HEADS, BG)
+        gate += _fold_gates(wk_ptr, wi_ptr, wf_ptr, 1, channel, E, QB, HEADS, BG)
+        _store_map(map_ptr, channel, E, gate, BG)
 
 
 @triton.jit(do_not_specialize=['N', 'steps'])
