@@ -282,24 +282,23 @@ def sum_kernel(
         rows = tl.where(over, rows_next, rows)
         width = tl.where(over, width_next, width)
     col = block * BC + tl.arange(0, BC)
+    part_ptr += base
     total = tl.zeros((BM, BC), tl.float32)
-    for first in range(0, rows, BM):
-        row = first + tl.arange(0, BM)
-        mask = (row < rows)[:, None] & (col < width)[None, :]
-        total += tl.load(part_ptr + base + row.to(tl.int64)[:, None] * width + col[None, :], mask=mask, other=0.0)
+    for first in range(0, rows, 4 * BM):  # four tiles at a time, or the longest matrix would wait for each of its tiles
+        x0 = _load_rows(part_ptr, first + tl.arange(0, BM), col, rows, width)
+        x1 = _load_rows(part_ptr, first + BM + tl.arange(0, BM), col, rows, width)
+        x2 = _load_rows(part_ptr, first + 2 * BM + tl.arange(0, BM), col, rows, width)
+        x3 = _load_rows(part_ptr, first + 3 * BM + tl.arange(0, BM), col, rows, width)
+        total += (x0 + x1) + (x2 + x3)
     tl.store(total_ptr + target + col, tl.sum(total, 0), mask=col < width)
 
 
 @triton.jit
-def finish_kernel(
-    mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+def _finish(
+    part, mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr,
+    dwg_ptr, E, QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one of Wq, Wk, Wv (second program index) and its gates from the total mix and value rows.
-
-    What Wq sees as dq is dq + Gq' dgate, and what Gq sees as q is Wq c + bq; likewise for k and v.
-    """
-    part = tl.program_id(0)
+    """`finish_kernel` for one part of BC channels."""
     channel = part * BC + tl.arange(0, BC)
     inside = channel < E
     g = tl.arange(0, BG)
@@ -330,3 +329,28 @@ def finish_kernel(
                 dwg += gate_sum[:, None] * tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
             place = g[:, None] * (3 * E) + which * E + channel[None, :]
             tl.store(dwg_ptr + place, dwg, mask=gates)
+
+
+@triton.jit(do_not_specialize=['parts'])
+def finish_kernel(
+    mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr,
+    up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size, down_size, parts, E, QB: tl.constexpr, HEADS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one of Wq, Wk, Wv (second program index) and its gates from the total mix and value rows.
+
+    What Wq sees as dq is dq + Gq' dgate, and what Gq sees as q is Wq c + bq; likewise for k and v. Programs behind the
+    parts copy the gradients of the outer projections' weights in these weights' dtype.
+    """
+    program = tl.program_id(0)
+    if program < parts:
+        _finish(
+            program, mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr,
+            db_ptr, dwg_ptr, E, QB, HEADS, HAS_BIAS, BC, BG,
+        )  # fmt: skip
+    else:
+        first = (program - parts) * BLOCK
+        if tl.program_id(1) == 0:
+            _store_block(up_copy_ptr, first, up_size, _load_block(up_ptr, first, up_size, BLOCK), BLOCK)
+        elif tl.program_id(1) == 1:
+            _store_block(down_copy_ptr, first, down_size, _load_block(down_ptr, first, down_size, BLOCK), BLOCK)
