@@ -15,9 +15,11 @@ BACKWARD_PRODUCTS, BACKWARD_CELL = 2, 2.5
 # Bytes that a launch of a kernel has to move, in units of S D: residual stream float32, E = 2 D, all else bfloat16, so
 # that a tensor of E channels counts 4.
 KERNEL_BYTES = {
-    'layer_norm_kernel': 4 + 2,
+    'prepare_kernel': 4 + 2,  # its norm
     'mix2d_kernel': 5 * 4 + 2,  # with the shares of the gates
     'gates_kernel': 2,
+    'gates_scan_kernel': 2,
+    'gated_forward_kernel': 6 * 4,  # training keeps h, 4 more
     'quadratic_forward_kernel': 4 * 4,
     'output_kernel': 4 * 4,
     'down_kernel': 4 + 4 + 4,

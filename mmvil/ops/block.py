@@ -1,8 +1,9 @@
 """The whole ViL block in few kernels: launchers of the forward pass. Works on tensors, knows no modules.
 
-Norm, up-projection, one kernel for convolution, projections and gates, the cell, one kernel for head norm, skip and
-gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input, the up-projection's
-output, the gates, the convolution's output, keys and values, and the cell's output with its statistics.
+One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell, one kernel
+for head norm, skip and gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input,
+the up-projection's output, the gates, the convolution's output, keys and values, and the cell's output with its
+statistics.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import block_gemm_kernels, block_kernels, block_mix_kernels, block_norm_kernels
+from . import (
+    block_gate_kernels,
+    block_gemm_kernels,
+    block_kernels,
+    block_mix_kernels,
+    block_norm_kernels,
+    triton_quadratic,
+)
 from .fast_launch import FastKernels
 from .triton_launch import Tiles, ceil_div, dot_precision, launch_first_fitting, next_power_of_two
 
 __all__ = ['NORM_EPS', 'BlockShape', 'block_forward', 'gate_width', 'qkv_biases']
 
 kernels = FastKernels(block_kernels)
+gate_kernels = FastKernels(block_gate_kernels)
 gemm_kernels = FastKernels(block_gemm_kernels)
 mix_kernels = FastKernels(block_mix_kernels)
 norm_kernels = FastKernels(block_norm_kernels)
@@ -27,8 +36,10 @@ norm_kernels = FastKernels(block_norm_kernels)
 # Channels and pairs of tokens of a program of the forward mixing kernel, fixed by how its threads hold them.
 MIX_CHANNELS = 32
 MIX_PAIRS = 8
-GATE_PARTS = 8
-COPY_BLOCK = 4096
+# Sequences and heads up to which the gates are summed and scanned by one kernel, an image a program.
+SCAN_TOKENS = triton_quadratic.SCAN_SPANS['SHORT_SPAN']
+SCAN_HEADS = 8
+COPY_BLOCK = 2048
 LOWERED = ('up_w', 'up_b', 'down_w')
 # Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken: on one
 # H100 it was faster than cuBLAS and an addition at D = 192 and 384, slower at 768.
@@ -38,7 +49,8 @@ DOWN_MAX_DIMS = 512
 SETTINGS = {
     'norm': (4096, 4),
     'mix_rows': (4, 4),
-    'gates': (32, 1),
+    'gates': (64, 2),
+    'scan': (SCAN_TOKENS, 8),
     'output': (2048, 4),
 }
 NORM_EPS = 1e-5
@@ -72,19 +84,6 @@ class BlockShape:
         return self.grid[0] * self.grid[1]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Normalise the rows of x (rows, D); the stored weight is the difference from one."""
-    rows, dims = x.shape
-    out = torch.empty_like(x, dtype=dtype)
-    width = next_power_of_two(dims)
-    height = max(1, SETTINGS['norm'][0] // width)
-    norm_kernels.layer_norm_kernel[(ceil_div(rows, height),)](
-        x, weight, weight if bias is None else bias, out, rows, dims, NORM_EPS, HAS_BIAS=bias is not None,
-        BM=height, BD=width, num_warps=SETTINGS['norm'][1],
-    )  # fmt: skip
-    return out
-
-
 def gate_width(shape: BlockShape) -> int:
     """Columns of a tile of gates."""
     return max(16, next_power_of_two(2 * shape.heads))
@@ -113,9 +112,9 @@ class MixWeights:
 
 
 def _prepare(
-    shape: BlockShape, weights: dict[str, Tensor | None], dtype: torch.dtype
-) -> tuple[MixWeights, dict[str, Tensor | None]]:
-    """What `_mix` reads, and the outer projections' weights in dtype, all by one kernel."""
+    shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype
+) -> tuple[MixWeights, dict[str, Tensor | None], Tensor]:
+    """What `_mix` reads, the outer projections' weights in dtype and the normalised rows of x, all by one kernel."""
     parts, gates = ceil_div(shape.inner, MIX_CHANNELS), gate_width(shape)
     taps = weights['conv_w'][0].numel()
     found = {name: weights[name] for name in LOWERED}
@@ -127,19 +126,26 @@ def _prepare(
     matrices, gate_matrices, *copies = low.split_with_sizes(
         [parts * 3 * MIX_CHANNELS**2, parts * 2 * MIX_CHANNELS * gates, *sizes.values()]
     )
-    programs = parts + ceil_div(max(sizes.values()), COPY_BLOCK)
-    kernels.prepare_kernel[(programs,)](
-        weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wg'], weights['conv_w'],
-        constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes), *copies,
-        *sizes.values(), parts, shape.inner, TAPS=taps, REVERSE=shape.reverse, QB=shape.block, HEADS=shape.heads,
-        HAS_BIAS=weights['bq'] is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
+    rows, (count, dims) = x.flatten(0, 1), (shape.batch * shape.tokens, x.shape[2])
+    norm, bias = weights['norm_w'], weights['norm_b']
+    normalised = rows.to(dtype) if norm is None else torch.empty_like(rows, dtype=dtype)
+    width = next_power_of_two(dims)
+    height = max(1, SETTINGS['norm'][0] // width)
+    others = 3 * parts + ceil_div(max(sizes.values()), COPY_BLOCK)
+    kernels.prepare_kernel[(others + (0 if norm is None else ceil_div(count, height)),)](
+        weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wi'], weights['wf'],
+        weights['conv_w'], constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes),
+        *copies, rows, rows if norm is None else norm, rows if bias is None else bias, normalised, *sizes.values(),
+        parts, others, shape.inner, count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, QB=shape.block,
+        HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, NORM_BIAS=bias is not None, BC=MIX_CHANNELS, BG=gates,
+        BLOCK=COPY_BLOCK, BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
-    return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found
+    return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found, normalised
 
 
 def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
-    """The convolution's output, q, k, v (B, S, E) and the gates' pre-activations (2, B, NH, S)."""
+    """The convolution's output, q, k, v (B, S, E) and shares (parts, B * S, 2 NH) of the gates."""
     parts, gates = ceil_div(shape.inner, MIX_CHANNELS), 2 * shape.heads
     pre, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
@@ -166,20 +172,30 @@ def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tenso
         mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
             *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options
         )
-    return pre, q, k, v, _gates(shape, shares, mix.constant, weights['gate_b'])
+    return pre, q, k, v, shares
 
 
-def _gates(shape: BlockShape, shares: Tensor, constant: Tensor, bias: Tensor) -> Tensor:
-    """Sum of the gates' shares, (2, B, NH, S)."""
+def _gates(
+    shape: BlockShape, cell: ModuleType, q: Tensor, shares: Tensor, constant: Tensor, weights: dict[str, Tensor | None]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the gates' shares, (2, B, NH, S), and what else the cell is given: its scans, where they are made here."""
     gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
     parts, width = constant.shape
+    tensors = shares, constant, weights['bi'], weights['bf'], gates
+    options = {'HEADS': shape.heads, 'BG': width, 'BN': next_power_of_two(shape.heads)}
+    if cell is triton_quadratic and shape.tokens <= SCAN_TOKENS and shape.heads <= SCAN_HEADS:
+        (stats,) = cell.empty_saved(q)
+        pitch = stats.shape[-1] // cell.BLOCK
+        gate_kernels.gates_scan_kernel[(shape.batch,)](
+            *tensors, stats, shape.batch, shape.tokens, parts, pitch, shape.batch * shape.heads * pitch,
+            int(shape.reverse), **options, SPAN=SCAN_TOKENS, num_warps=SETTINGS['scan'][1],
+        )  # fmt: skip
+        return gates, {'stats': stats}
     step, warps = SETTINGS['gates']
-    mix_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step),)](
-        shares, constant, bias, gates, shape.batch, shape.tokens, shares.numel() // gates.numel(), parts,
-        HEADS=shape.heads, BG=width, BT=step, BP=GATE_PARTS, BN=next_power_of_two(2 * shape.heads),
-        num_warps=warps,
-    )  # fmt: skip
-    return gates
+    gate_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step),)](
+        *tensors, shape.batch, shape.tokens, parts, **options, BT=step, num_warps=warps
+    )
+    return gates, {}
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -224,17 +240,16 @@ def block_forward(
         The new residual stream (of the inner part: its output in dtype), and for the backward pass: u (B, S, 2E), gates
         (2, B, NH, S), h, the convolution's output, k, v (B, S, E), the cell's statistics.
     """
-    mix, lowered = _prepare(shape, weights, dtype)
-    is_whole, rows = weights['norm_w'] is not None, x.flatten(0, 1)
-    normalised = layer_norm(rows, weights['norm_w'], weights['norm_b'], dtype) if is_whole else rows.to(dtype)
+    mix, lowered, normalised = _prepare(shape, x, weights, dtype)
     u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
-    pre, q, k, v, gates = _mix(shape, a, mix, weights)
+    pre, q, k, v, shares = _mix(shape, a, mix, weights)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
-    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6)
+    gates, scans = _gates(shape, cell, heads[0], shares, mix.constant, weights)
+    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6, **scans)
     y = _output(shape, h, pre, z, weights)
-    if is_whole:
+    if weights['norm_w'] is not None:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
     else:
         out = F.linear(y, lowered['down_w'], None if weights['down_b'] is None else weights['down_b'].to(dtype))

@@ -35,7 +35,7 @@ FLOAT_TILES = {**FLAT_TILES, 'mix': (16, 16, 2, 3, 4), 'value': (16, 16, 2, 2, 8
 CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
 CONV_REGISTERS = 168
 SUM_TILE = (128, 32, 8)
-COPY_BLOCK = 4096
+COPY_BLOCK = 2048
 
 
 def _walk(shape: BlockShape) -> tuple[int, int]:
@@ -203,9 +203,9 @@ class _Backward:
         sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
         parts = self._parts(channels)
-        kernels.prepare_backward_kernel[(parts + ceil_div(max(sizes), COPY_BLOCK),)](
-            weights['wq'], weights['wk'], weights['wv'], weights['wg'], maps, *wide, *copies, *sizes, parts,
-            shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
+        kernels.prepare_backward_kernel[(2 * parts + ceil_div(max(sizes), COPY_BLOCK),)](
+            weights['wq'], weights['wk'], weights['wv'], weights['wi'], weights['wf'], maps, *wide, *copies, *sizes,
+            parts, shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
         )  # fmt: skip
         up, down = (x.view_as(w) if size else w for x, w, size in zip(copies, wide, sizes, strict=True))
         return maps.view(2, shape.inner, gates), up, down
@@ -272,8 +272,8 @@ class _Backward:
         )  # fmt: skip
         return dx, normalised
 
-    def parameter_gradients(self) -> dict[str, Tensor]:
-        """All gradients that are sums over tokens, float32, flat."""
+    def parameter_gradients(self, dup_w: Tensor, ddown_w: Tensor) -> dict[str, Tensor]:
+        """All gradients: sums over tokens, float32, flat; the given ones in their weights' dtypes."""
         shape, weights, inner, block = self.shape, self.weights, self.shape.inner, self.shape.block
         totals = self.sums.totals()
         branch, norm, mix, value, conv, output = totals.split([width for _, width in self.sums.sizes])
@@ -283,17 +283,25 @@ class _Backward:
             mix.new_empty(3, inner),
             mix.new_empty(2 * shape.heads, 3 * inner),
         )
-        kernels.finish_kernel[(self._parts(channels), 3)](
-            mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wg'], *qkv_biases(weights), matrices,
-            biases, wg, inner, QB=block, HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels,
-            BG=gate_width(shape), num_warps=4,
+        wide = [dup_w, ddown_w]
+        copies = [
+            x if x.dtype == weights[name].dtype else torch.empty_like(x, dtype=weights[name].dtype)
+            for name, x in zip(('up_w', 'down_w'), wide, strict=True)
+        ]
+        sizes = [0 if copy is x else x.numel() for copy, x in zip(copies, wide, strict=True)]
+        parts = self._parts(channels)
+        kernels.finish_kernel[(parts + ceil_div(max(sizes), COPY_BLOCK), 3)](
+            mix, value, weights['wq'], weights['wk'], weights['wv'], weights['wi'], weights['wf'],
+            *qkv_biases(weights), matrices, biases, wg, *wide, *copies, *sizes, parts, inner, QB=block,
+            HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, BC=channels, BG=gate_width(shape),
+            BLOCK=COPY_BLOCK, num_warps=4,
         )  # fmt: skip
         _, head_w, head_b, skip = output.view(4, inner)
         conv_w, conv_b, _ = conv.split([inner * self.taps, inner, inner])
         up_b = totals[-5 * inner : -3 * inner]  # sums of da, the last of the convolution's, and dz, the output's first
         return {
-            'norm_w': norm[: self.dims], 'norm_b': norm[self.dims :], 'down_b': branch,
-            'up_b': up_b, 'conv_w': conv_w, 'conv_b': conv_b,
+            'up_w': copies[0], 'down_w': copies[1], 'norm_w': norm[: self.dims], 'norm_b': norm[self.dims :],
+            'down_b': branch, 'up_b': up_b, 'conv_w': conv_w, 'conv_b': conv_b,
             'wq': matrices[0], 'wk': matrices[1], 'wv': matrices[2], 'bq': biases[0], 'bk': biases[1], 'bv': biases[2],
             'wg': wg, 'gate_b': mix[-2 * shape.heads :], 'head_w': head_w, 'head_b': head_b, 'skip': skip,
         }  # fmt: skip
@@ -341,4 +349,4 @@ def block_backward(
         dx, normalised = (du @ up_w).to(x.dtype), x_rows.to(run.dtype)
     else:
         dx, normalised = run.norm_gradient(x_rows, du @ up_w, dout)
-    return dx.view_as(x), {'up_w': du.t() @ normalised, 'down_w': ddown_w, **run.parameter_gradients()}
+    return dx.view_as(x), run.parameter_gradients(du.t() @ normalised, ddown_w)

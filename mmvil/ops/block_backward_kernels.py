@@ -11,7 +11,7 @@ over tokens are written per program, one row of partial sums each, and added up 
 import triton
 import triton.language as tl
 
-from .block_kernels import _block_matrix, _copy, _gate_matrix
+from .block_kernels import _block_matrix, _fold_gates, _gate_matrix, _load_block, _store_block
 from .triton_launch import interpreting
 
 __all__ = [
@@ -92,41 +92,37 @@ def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constex
 
 
 @triton.jit
-def _map_gates(
-    part, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
-    """Rows of one block of BC channels in both maps of `prepare_backward_kernel`."""
-    channel = part * BC + tl.arange(0, BC)
+def _store_map(map_ptr, channel, E, gate, BG: tl.constexpr):
+    """Write a part's map to the gates."""
     place = channel[:, None] * BG + tl.arange(0, BG)[None, :]
-    inside = (channel < E)[:, None]
-    mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
-    mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
-    mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
-    gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
-    ga = tl.dot(mv, gv, input_precision='tf32x3')
-    tl.store(map_ptr + place, gc.to(map_ptr.dtype.element_ty), mask=inside)
-    tl.store(map_ptr + E * BG + place, ga.to(map_ptr.dtype.element_ty), mask=inside)
+    tl.store(map_ptr + place, gate.to(map_ptr.dtype.element_ty), mask=(channel < E)[:, None])
 
 
 @triton.jit
 def prepare_backward_kernel(
-    wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size, down_size, parts, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
+    wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size,
+    down_size, parts, E, QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gates as linear maps of c and of a, through q, k and v: (2, E, BG); and copies in the activations' dtype.
 
-    Program i < parts does block i of BC channels, the others copy the outer projections' weights.
+    Two programs for each part of BC channels, the others copy the outer projections' weights.
     """
     program = tl.program_id(0)
-    if program < parts:
-        _map_gates(program, wq_ptr, wk_ptr, wv_ptr, wg_ptr, map_ptr, E, QB, HEADS, BC, BG)
+    if program >= 2 * parts:
+        first = (program - 2 * parts) * BLOCK
+        up = _load_block(up_ptr, first, up_size, BLOCK)
+        down = _load_block(down_ptr, first, down_size, BLOCK)
+        _store_block(up_copy_ptr, first, up_size, up, BLOCK)
+        _store_block(down_copy_ptr, first, down_size, down, BLOCK)
+    elif program >= parts:
+        channel = (program - parts) * BC + tl.arange(0, BC)
+        gate = _fold_gates(wv_ptr, wi_ptr, wf_ptr, 2, channel, E, QB, HEADS, BG)
+        _store_map(map_ptr + E * BG, channel, E, gate, BG)
     else:
-        _copy(up_ptr, up_copy_ptr, (program - parts) * BLOCK, up_size, BLOCK)
-        _copy(down_ptr, down_copy_ptr, (program - parts) * BLOCK, down_size, BLOCK)
+        channel = program * BC + tl.arange(0, BC)
+        gate = _fold_gates(wq_ptr, wi_ptr, wf_ptr, 0, channel, E, QB, HEADS, BG)
+        gate += _fold_gates(wk_ptr, wi_ptr, wf_ptr, 1, channel, E, QB, HEADS, BG)
+        _store_map(map_ptr, channel, E, gate, BG)
 
 
 @triton.jit(do_not_specialize=['N', 'steps'])
@@ -286,24 +282,23 @@ def sum_kernel(
         rows = tl.where(over, rows_next, rows)
         width = tl.where(over, width_next, width)
     col = block * BC + tl.arange(0, BC)
+    part_ptr += base
     total = tl.zeros((BM, BC), tl.float32)
-    for first in range(0, rows, BM):
-        row = first + tl.arange(0, BM)
-        mask = (row < rows)[:, None] & (col < width)[None, :]
-        total += tl.load(part_ptr + base + row.to(tl.int64)[:, None] * width + col[None, :], mask=mask, other=0.0)
+    for first in range(0, rows, 4 * BM):  # four tiles at a time, or the longest matrix would wait for each of its tiles
+        x0 = _load_rows(part_ptr, first + tl.arange(0, BM), col, rows, width)
+        x1 = _load_rows(part_ptr, first + BM + tl.arange(0, BM), col, rows, width)
+        x2 = _load_rows(part_ptr, first + 2 * BM + tl.arange(0, BM), col, rows, width)
+        x3 = _load_rows(part_ptr, first + 3 * BM + tl.arange(0, BM), col, rows, width)
+        total += (x0 + x1) + (x2 + x3)
     tl.store(total_ptr + target + col, tl.sum(total, 0), mask=col < width)
 
 
 @triton.jit
-def finish_kernel(
-    mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wg_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr, E,
-    QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+def _finish(
+    part, mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr,
+    dwg_ptr, E, QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one of Wq, Wk, Wv (second program index) and its gates from the total mix and value rows.
-
-    What Wq sees as dq is dq + Gq' dgate, and what Gq sees as q is Wq c + bq; likewise for k and v.
-    """
-    part = tl.program_id(0)
+    """`finish_kernel` for one part of BC channels."""
     channel = part * BC + tl.arange(0, BC)
     inside = channel < E
     g = tl.arange(0, BG)
@@ -316,7 +311,7 @@ def finish_kernel(
     wide = channel[:, None] * QB + i[None, :]
     for which in tl.static_range(3):
         if tl.program_id(1) == which:
-            weights = _gate_matrix(wg_ptr, which, channel, E, 2 * HEADS, BG).to(tl.float32)  # (BC, BG)
+            weights = _gate_matrix(wi_ptr, wf_ptr, which, channel, E, HEADS, BG)  # (BC, BG)
             seen = gate_c if which < 2 else gate_a
             dw_sum = mix_ptr + which * E * QB if which < 2 else value_ptr
             db_sum = mix_ptr + 2 * E * QB + which * E if which < 2 else value_ptr + E * QB
@@ -334,3 +329,28 @@ def finish_kernel(
                 dwg += gate_sum[:, None] * tl.load(b_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
             place = g[:, None] * (3 * E) + which * E + channel[None, :]
             tl.store(dwg_ptr + place, dwg, mask=gates)
+
+
+@triton.jit(do_not_specialize=['parts'])
+def finish_kernel(
+    mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr, db_ptr, dwg_ptr,
+    up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size, down_size, parts, E, QB: tl.constexpr, HEADS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one of Wq, Wk, Wv (second program index) and its gates from the total mix and value rows.
+
+    What Wq sees as dq is dq + Gq' dgate, and what Gq sees as q is Wq c + bq; likewise for k and v. Programs behind the
+    parts copy the gradients of the outer projections' weights in these weights' dtype.
+    """
+    program = tl.program_id(0)
+    if program < parts:
+        _finish(
+            program, mix_ptr, value_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, bq_ptr, bk_ptr, bv_ptr, dw_ptr,
+            db_ptr, dwg_ptr, E, QB, HEADS, HAS_BIAS, BC, BG,
+        )  # fmt: skip
+    else:
+        first = (program - parts) * BLOCK
+        if tl.program_id(1) == 0:
+            _store_block(up_copy_ptr, first, up_size, _load_block(up_ptr, first, up_size, BLOCK), BLOCK)
+        elif tl.program_id(1) == 1:
+            _store_block(down_copy_ptr, first, down_size, _load_block(down_ptr, first, down_size, BLOCK), BLOCK)

@@ -1,4 +1,4 @@
-"""What the kernels around the mLSTM cell of a ViL block share, and the kernel that lays out weights for them.
+"""What the kernels around the mLSTM cell of a ViL block share, and the kernel that lays out weights and normalises.
 
 Names, all in the kernels' own units (a token is one row of S, a channel one column of E):
 
@@ -16,6 +16,8 @@ linear in these.
 import triton
 import triton.language as tl
 
+from .block_norm_kernels import normalise
+
 __all__ = ['prepare_kernel']
 
 
@@ -28,96 +30,137 @@ def _block_matrix(w_ptr, first, E, QB: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _gate_matrix(w_ptr, part, channel, E, GATES: tl.constexpr, BG: tl.constexpr):
-    """(BC, BG) slice of the gates' weights (GATES, 3E) for q (part 0), k (1) or v (2)."""
-    g = tl.arange(0, BG)
-    return tl.load(
-        w_ptr + g[None, :] * (3 * E) + part * E + channel[:, None],
-        mask=(channel < E)[:, None] & (g < GATES)[None, :], other=0.0,
-    )  # fmt: skip
+def _gate_matrix(wi_ptr, wf_ptr, part, channel, E, HEADS: tl.constexpr, BG: tl.constexpr):
+    """(BC, BG) slice of the gates' weights (HEADS, 3E), the input gates first, for q (part 0), k (1) or v (2)."""
+    g = tl.arange(0, BG)[None, :]
+    inside = (channel < E)[:, None]
+    place = g * (3 * E) + part * E + channel[:, None]
+    wi = tl.load(wi_ptr + place, mask=inside & (g < HEADS), other=0.0).to(tl.float32)
+    is_forget = inside & (g >= HEADS) & (g < 2 * HEADS)
+    return wi + tl.load(wf_ptr + place - HEADS * 3 * E, mask=is_forget, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _copy(source_ptr, target_ptr, first, size, BLOCK: tl.constexpr):
-    """Copy up to BLOCK elements in the target's dtype."""
+def _fold_gates(
+    w_ptr, wi_ptr, wf_ptr, which: tl.constexpr, channel, E,
+    QB: tl.constexpr, HEADS: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Map from one projection's inputs to the gates, (BC, BG): its blocks times the gates' weights, without a product.
+
+    So a program needs neither shared memory nor to wait for more than these loads.
+    """
+    total = tl.zeros((channel.shape[0], BG), tl.float32)
+    for j in tl.static_range(QB):
+        out = channel // QB * QB + j
+        w = tl.load(w_ptr + out * QB + channel % QB, mask=out < E, other=0.0).to(tl.float32)
+        total += w[:, None] * _gate_matrix(wi_ptr, wf_ptr, which, out, E, HEADS, BG)
+    return total
+
+
+@triton.jit
+def _load_block(ptr, first, size, BLOCK: tl.constexpr):
+    """Up to BLOCK elements of a flat array."""
     place = first + tl.arange(0, BLOCK)
-    value = tl.load(source_ptr + place, mask=place < size, other=0.0)
-    tl.store(target_ptr + place, value.to(target_ptr.dtype.element_ty), mask=place < size)
+    return tl.load(ptr + place, mask=place < size, other=0.0)
 
 
 @triton.jit
-def _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC: tl.constexpr, BG: tl.constexpr):
-    """Write the matrices of a part in the order of `block_mix_kernels`."""
+def _store_block(ptr, first, size, value, BLOCK: tl.constexpr):
+    """Write what `_load_block` gives, in the target's dtype."""
+    place = first + tl.arange(0, BLOCK)
+    tl.store(ptr + place, value.to(ptr.dtype.element_ty), mask=place < size)
+
+
+@triton.jit
+def _store_matrix(matrix_ptr, part, which: tl.constexpr, w_ptr, E, QB: tl.constexpr, BC: tl.constexpr):
+    """Write one projection's matrix of a part in the order of `block_mix_kernels`."""
     i = tl.arange(0, BC)
     row = i // 4 % 2 * 16 + i // 8 % 4 * 4 + i % 4
     column = i // 4 % 2 * 16 + i // 2 % 2 * 8 + i // 8 % 4 * 2 + i % 2
-    matrix = matrix_ptr + (part * 3 * BC * BC + row * BC)[:, None] + column[None, :]
-    tl.store(matrix, mq)
-    tl.store(matrix + BC * BC, mk)
-    tl.store(matrix + 2 * BC * BC, mv)
-    gate_matrix = gate_matrix_ptr + (part * 2 * BC + row)[:, None] * BG + tl.arange(0, BG)[None, :]
-    tl.store(gate_matrix, gc)
-    tl.store(gate_matrix + BC * BG, ga)
+    place = ((part * 3 + which) * BC * BC + row * BC)[:, None] + column[None, :]
+    tl.store(matrix_ptr + place, _block_matrix(w_ptr, part * BC, E, QB, BC).to(matrix_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _fold(
-    part, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr,
-    taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
-    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+def _store_gate_matrix(gate_matrix_ptr, part, which: tl.constexpr, gate, BC: tl.constexpr, BG: tl.constexpr):
+    """Write a part's map to the gates in the order of `block_mix_kernels`."""
+    i = tl.arange(0, BC)
+    row = i // 4 % 2 * 16 + i // 8 % 4 * 4 + i % 4
+    place = ((part * 2 + which) * BC + row)[:, None] * BG + tl.arange(0, BG)[None, :]
+    tl.store(gate_matrix_ptr + place, gate.to(gate_matrix_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _bias_share(b_ptr, wi_ptr, wf_ptr, which: tl.constexpr, channel, E, HEADS: tl.constexpr, BG: tl.constexpr):
+    """What one projection's bias adds to the gates, per channel, (BC, BG)."""
+    bias = tl.load(b_ptr + channel, mask=channel < E, other=0.0).to(tl.float32)
+    return bias[:, None] * _gate_matrix(wi_ptr, wf_ptr, which, channel, E, HEADS, BG)
+
+
+@triton.jit
+def _store_exact(
+    part, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS: tl.constexpr,
+    REVERSE: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """`prepare_kernel` for one part."""
+    """Write a part's constant and taps."""
     channel = part * BC + tl.arange(0, BC)
-    inside = channel < E
-    g = tl.arange(0, BG)
-    dtype = matrix_ptr.dtype.element_ty
-    mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(tl.float32)
-    mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(tl.float32)
-    mv = _block_matrix(wv_ptr, part * BC, E, QB, BC).to(tl.float32)
-    gq = _gate_matrix(wg_ptr, 0, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gk = _gate_matrix(wg_ptr, 1, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gv = _gate_matrix(wg_ptr, 2, channel, E, 2 * HEADS, BG).to(tl.float32)
-    gc = tl.dot(mq, gq, input_precision='tf32x3') + tl.dot(mk, gk, input_precision='tf32x3')
-    ga = tl.dot(mv, gv, input_precision='tf32x3')
-    constant = tl.zeros((BG,), tl.float32)
-    if HAS_BIAS:
-        constant += tl.sum(tl.load(bq_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gq, 0)
-        constant += tl.sum(tl.load(bk_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gk, 0)
-        constant += tl.sum(tl.load(bv_ptr + channel, mask=inside, other=0.0).to(tl.float32)[:, None] * gv, 0)
-    tl.store(constant_ptr + part * BG + g, constant)
     tap = tl.arange(0, 16)
     turned = TAPS - 1 - tap if REVERSE else tap
-    is_tap = inside[None, :] & (tap < TAPS)[:, None]
+    is_tap = (channel < E)[None, :] & (tap < TAPS)[:, None]
     value = tl.load(conv_ptr + channel[None, :] * TAPS + turned[:, None], mask=is_tap, other=0.0)
+    constant = tl.zeros((BC, BG), tl.float32)
+    if HAS_BIAS:
+        constant += _bias_share(bq_ptr, wi_ptr, wf_ptr, 0, channel, E, HEADS, BG)
+        constant += _bias_share(bk_ptr, wi_ptr, wf_ptr, 1, channel, E, HEADS, BG)
+        constant += _bias_share(bv_ptr, wi_ptr, wf_ptr, 2, channel, E, HEADS, BG)
     tl.store(taps_ptr + tap[:, None] * E + channel[None, :], value.to(tl.float32), mask=is_tap)
-    mq, mk, mv, gc, ga = mq.to(dtype), mk.to(dtype), mv.to(dtype), gc.to(dtype), ga.to(dtype)
-    _store_ordered(matrix_ptr, gate_matrix_ptr, part, mq, mk, mv, gc, ga, BC, BG)
+    tl.store(constant_ptr + part * BG + tl.arange(0, BG), tl.sum(constant, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['rows', 'parts', 'others'])
 def prepare_kernel(
-    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr, constant_ptr, taps_ptr,
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr,
     matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr, down_w_copy_ptr,
-    up_w_size, up_b_size, down_w_size, parts, E, TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr,
-    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, norm_w_ptr, norm_b_ptr, out_ptr, up_w_size, up_b_size, down_w_size, parts, others, E, rows, D, eps,
+    TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORM_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """Weights as the other kernels read them. Program i < parts does block i of BC channels, the others copy.
+    """Weights as the other kernels read them, and the norm, which does not depend on that and hides how long it takes.
 
     matrix (parts, 3, BC, BC): Wq, Wk, Wv as block-diagonal matrices [in, out]. The gates are linear in q, k and v, and
     these in c and a: gate_matrix (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what
     the projections' biases add. Rows and columns are in the order that `block_mix_kernels` reads, BC is 32. taps
     (TAPS, E): the convolution's weights, turned for the reading direction. The copies of the outer projections' weights
-    are in the activations' dtype.
+    are in the activations' dtype. Three programs for each part of BC channels, `others` in all with those that copy;
+    the rest normalise BM rows of D each.
     """
     program = tl.program_id(0)
-    if program < parts:
-        _fold(
-            program, wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wg_ptr, conv_ptr,
-            constant_ptr, taps_ptr, matrix_ptr, gate_matrix_ptr, E, TAPS, REVERSE, QB, HEADS, HAS_BIAS, BC, BG,
+    if program >= others:
+        normalise(x_ptr, norm_w_ptr, norm_b_ptr, out_ptr, program - others, rows, D, eps, NORM_BIAS, BM, BD)
+    elif program >= 3 * parts:
+        first = (program - 3 * parts) * BLOCK
+        up_w = _load_block(up_w_ptr, first, up_w_size, BLOCK)
+        up_b = _load_block(up_b_ptr, first, up_b_size, BLOCK)
+        down_w = _load_block(down_w_ptr, first, down_w_size, BLOCK)
+        _store_block(up_w_copy_ptr, first, up_w_size, up_w, BLOCK)
+        _store_block(up_b_copy_ptr, first, up_b_size, up_b, BLOCK)
+        _store_block(down_w_copy_ptr, first, down_w_size, down_w, BLOCK)
+    elif program >= 2 * parts:
+        _store_exact(
+            program - 2 * parts, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS,
+            REVERSE, HEADS, HAS_BIAS, BC, BG,
         )  # fmt: skip
+    elif program >= parts:
+        part = program - parts
+        channel = part * BC + tl.arange(0, BC)
+        gate = _fold_gates(wv_ptr, wi_ptr, wf_ptr, 2, channel, E, QB, HEADS, BG)
+        _store_matrix(matrix_ptr, part, 2, wv_ptr, E, QB, BC)
+        _store_gate_matrix(gate_matrix_ptr, part, 1, gate, BC, BG)
     else:
-        first = (program - parts) * BLOCK
-        _copy(up_w_ptr, up_w_copy_ptr, first, up_w_size, BLOCK)
-        _copy(up_b_ptr, up_b_copy_ptr, first, up_b_size, BLOCK)
-        _copy(down_w_ptr, down_w_copy_ptr, first, down_w_size, BLOCK)
+        channel = program * BC + tl.arange(0, BC)
+        gate = _fold_gates(wq_ptr, wi_ptr, wf_ptr, 0, channel, E, QB, HEADS, BG)
+        gate += _fold_gates(wk_ptr, wi_ptr, wf_ptr, 1, channel, E, QB, HEADS, BG)
+        _store_matrix(matrix_ptr, program, 0, wq_ptr, E, QB, BC)
+        _store_matrix(matrix_ptr, program, 1, wk_ptr, E, QB, BC)
+        _store_gate_matrix(gate_matrix_ptr, program, 0, gate, BC, BG)

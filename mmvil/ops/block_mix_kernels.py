@@ -14,7 +14,7 @@ and the permutations below are written for it; they change no result.
 import triton
 import triton.language as tl
 
-__all__ = ['gates_kernel', 'mix1d_kernel', 'mix2d_kernel']
+__all__ = ['mix1d_kernel', 'mix2d_kernel']
 
 WIDTH = tl.constexpr(32)
 MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
@@ -324,32 +324,3 @@ def mix1d_kernel(
             GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         t += 2 * PAIRS
-
-
-@triton.jit(do_not_specialize=['B', 'S', 'parts', 'constant_parts'])
-def gates_kernel(
-    share_ptr, constant_ptr, bias_ptr, gates_ptr, B, S, parts, constant_parts,
-    HEADS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Gates (2, B, NH, S): shares (parts, B * S, 2 NH), constants (parts, BG) and bias added up, BP parts at a time."""
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
-    image, place = (token // S).to(tl.int64), token % S
-    token = token.to(tl.int64)
-    g = tl.arange(0, BN)
-    p = tl.arange(0, BP)
-    tokens = B.to(tl.int64) * S
-    is_gate = g < 2 * HEADS
-    mask = (token < tokens)[:, None] & is_gate[None, :]
-    bias = tl.load(bias_ptr + g, mask=is_gate, other=0.0).to(tl.float32)
-    for start in range(0, constant_parts, BP):
-        has = (start + p < constant_parts)[:, None] & is_gate[None, :]
-        bias += tl.sum(tl.load(constant_ptr + (start + p)[:, None] * BG + g[None, :], mask=has, other=0.0), 0)
-    total = tl.zeros((BT, BN), tl.float32) + bias[None, :]
-    share = share_ptr + (token[:, None, None] + p[None, :, None] * tokens) * (2 * HEADS) + g[None, None, :]
-    for start in range(0, parts, BP):
-        has = mask[:, None, :] & (start + p < parts)[None, :, None]
-        total += tl.sum(tl.load(share, mask=has, other=0.0), 1)
-        share += BP * tokens * (2 * HEADS)
-    target = ((g // HEADS) * B * HEADS + g % HEADS).to(tl.int64)[None, :] * S
-    target += (image * HEADS * S + place)[:, None]
-    tl.store(gates_ptr + target, total, mask=mask)

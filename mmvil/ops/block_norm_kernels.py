@@ -10,15 +10,15 @@ y   (B, S, E)       (norm(h) + skip * c) * SiLU(z)
 import triton
 import triton.language as tl
 
-__all__ = ['layer_norm_kernel', 'output_kernel']
+__all__ = ['normalise', 'output_kernel']
 
 
 @triton.jit
-def layer_norm_kernel(
-    x_ptr, w_ptr, b_ptr, out_ptr, rows, D, eps, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+def normalise(
+    x_ptr, w_ptr, b_ptr, out_ptr, block, rows, D, eps, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
 ):
-    """out = (x - mean) * rstd * (1 + w) + b, BM rows per program."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    """out = (x - mean) * rstd * (1 + w) + b for a block of BM rows."""
+    row = block * BM + tl.arange(0, BM)
     col = tl.arange(0, BD)
     mask = (row < rows)[:, None] & (col < D)[None, :]
     place = row.to(tl.int64)[:, None] * D + col[None, :]

@@ -25,8 +25,8 @@ WEIGHTS = (
 )  # fmt: skip
 """Short names of a block's parameters; wi, bi, wf, bf are those of the input and forget gates. Biases may be missing.
 
-Without norm_w the operators run the inner part alone, without norm, drop path and residual. The launchers get the gates
-as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above the forget gates.
+Without norm_w the operators run the inner part alone, without norm, drop path and residual. The launchers give the
+gates' gradients as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above the forget gates.
 """
 GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
 
@@ -52,9 +52,8 @@ def _cell(shape: object) -> ModuleType:
 
 
 def _by_name(weights: Sequence[Tensor], names: str) -> dict[str, Tensor | None]:
-    """All of `WEIGHTS`, None for those that the block does not have, and the joined ones of the gates."""
-    named = {**dict.fromkeys(WEIGHTS), **dict(zip(names.split(), weights, strict=True))}
-    return {**named, **{name: torch.cat([named[part] for part in parts]) for name, parts in GATES.items()}}
+    """All of `WEIGHTS`, None for those that the block does not have."""
+    return {**dict.fromkeys(WEIGHTS), **dict(zip(names.split(), weights, strict=True))}
 
 
 @functools.lru_cache(maxsize=1024)

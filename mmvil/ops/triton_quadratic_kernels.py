@@ -29,6 +29,31 @@ E_ROW, W_ROW, QUERY_BLOCK, Q_DQ, K_DK = (tl.constexpr(plane) for plane in range(
 
 
 @triton.jit
+def scan_span(igate, fgate, valid, total, maximum):
+    """Scans of gates (SPAN, ...) along the first dimension, behind positions of that sum of log forget gates and top.
+
+    Returns log forget gates, their running sum F, g and its running maximum, float64.
+    """
+    log_forget = tl.where(valid, log_sigmoid(fgate), 0.0).to(tl.float64)
+    forget = total + tl.cumsum(log_forget, 0)
+    g = tl.where(valid, tl.maximum(igate.to(tl.float64), CLOSED) - forget, CLOSED)
+    return log_forget, forget, g, tl.maximum(tl.associative_scan(g, 0, larger), maximum)
+
+
+@triton.jit
+def store_scans(out, plane, padded, valid, forget, g, top, relative):
+    """Write the scans' planes; the normaliser becomes zero where the sequence has ended."""
+    g_hi, top_hi = (g * LOG2_E).to(tl.float32), (top * LOG2_E).to(tl.float32)
+    tl.store(out + G_HI * plane, g_hi, mask=padded)
+    tl.store(out + G_LO * plane, (g * LOG2_E - g_hi.to(tl.float64)).to(tl.float32), mask=padded)
+    tl.store(out + M_HI * plane, top_hi, mask=padded)
+    tl.store(out + M_LO * plane, (top * LOG2_E - top_hi.to(tl.float64)).to(tl.float32), mask=padded)
+    tl.store(out + STABILISER * plane, (forget + top).to(tl.float32), mask=padded)
+    tl.store(out + NORMALISER * plane, tl.zeros(g.shape, tl.float32), mask=padded & (valid == 0))
+    tl.store(out + G_BLOCK * plane, relative, mask=padded)
+
+
+@triton.jit
 def scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr):
     """`gate_scan_kernel` for one head, SPAN positions at a time."""
     row = tl.program_id(0).to(tl.int64) * S
@@ -41,22 +66,12 @@ def scan_gates(igate, fgate, stats, S, pitch, plane, reverse, SPAN: tl.constexpr
         valid = position < S
         token = tl.where(reverse != 0, S - 1 - position, position)
         f = tl.load(fgate + row + token, mask=valid, other=0.0)
-        i = tl.load(igate + row + token, mask=valid, other=CLOSED).to(tl.float64)
-        log_forget = tl.where(valid, log_sigmoid(f), 0.0).to(tl.float64)
-        forget = total + tl.cumsum(log_forget, 0)
-        g = tl.where(valid, tl.maximum(i, CLOSED) - forget, CLOSED)
-        top = tl.maximum(tl.associative_scan(g, 0, larger), maximum)
+        i = tl.load(igate + row + token, mask=valid, other=0.0)
+        log_forget, forget, g, top = scan_span(i, f, valid, total, maximum)
         block_start = tl.min(tl.reshape(top, (SPAN // BLOCK, BLOCK)), 1)
         relative = (tl.reshape(g, (SPAN // BLOCK, BLOCK)) - block_start[:, None]) * LOG2_E
-        out, padded = stats + position, position < pitch * BLOCK
-        g_hi, top_hi = (g * LOG2_E).to(tl.float32), (top * LOG2_E).to(tl.float32)
-        tl.store(out + G_HI * plane, g_hi, mask=padded)
-        tl.store(out + G_LO * plane, (g * LOG2_E - g_hi.to(tl.float64)).to(tl.float32), mask=padded)
-        tl.store(out + M_HI * plane, top_hi, mask=padded)
-        tl.store(out + M_LO * plane, (top * LOG2_E - top_hi.to(tl.float64)).to(tl.float32), mask=padded)
-        tl.store(out + STABILISER * plane, (forget + top).to(tl.float32), mask=padded)
-        tl.store(out + NORMALISER * plane, tl.zeros((SPAN,), tl.float32), mask=padded & (position >= S))
-        tl.store(out + G_BLOCK * plane, tl.reshape(relative.to(tl.float32), (SPAN,)), mask=padded)
+        relative = tl.reshape(relative.to(tl.float32), (SPAN,))
+        store_scans(stats + position, plane, position < pitch * BLOCK, valid, forget, g, top, relative)
         total += tl.sum(log_forget, 0)
         maximum = tl.maximum(maximum, tl.max(g, 0))
 
@@ -223,11 +238,11 @@ def gather_rows(
 
 
 @triton.jit
-def forward_tile(
-    q, q_step, k, k_step, v, v_step, h, h_step, stats, plane, S, first, log_scale, eps,
+def hidden_rows(
+    q, q_step, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps,
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h_i = num_i / (max(|n_i|, exp(-m_i)) + eps) for BM rows; exp(-m) = inf gives 0."""
+    """h_i = num_i / (max(|n_i|, exp(-m_i)) + eps) for BM rows, in two pieces; exp(-m) = inf gives 0. Writes n."""
     i = first + tl.arange(0, BM)
     q_a, q_b = load_rows(q, q_step, i, S, DH, DA, DB)
     m = tl.load(stats + STABILISER * plane + i, mask=i < S, other=0.0)
@@ -239,7 +254,19 @@ def forward_tile(
     acc_a *= inverse[:, None]
     if DB > 0:
         acc_b *= inverse[:, None]
-    store_rows(h, h_step, i, S, acc_a, acc_b, DH, DA, DB)
+    return acc_a, acc_b
+
+
+@triton.jit
+def forward_tile(
+    q, q_step, k, k_step, v, v_step, h, h_step, stats, plane, S, first, log_scale, eps,
+    DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`hidden_rows`, written to h."""
+    h_a, h_b = hidden_rows(
+        q, q_step, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, DH, DA, DB, BM, BN, PRECISION
+    )
+    store_rows(h, h_step, first + tl.arange(0, BM), S, h_a, h_b, DH, DA, DB)
 
 
 @triton.jit(

@@ -97,7 +97,7 @@ def test_ratios_compare_like_with_like() -> None:
 
 
 def test_known_bytes() -> None:
-    assert known_bytes('layer_norm_kernel', 2, 10, 192) == 6 * 2 * 10 * 192
+    assert known_bytes('prepare_kernel', 2, 10, 192) == 6 * 2 * 10 * 192
     assert known_bytes('ampere_gemm', 2, 10, 192) is None
 
 
