@@ -1,11 +1,12 @@
 """The whole ViL block in few kernels: launchers of the forward pass. Works on tensors, knows no modules.
 
-One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell, one kernel
-for head norm, skip and gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input,
-the up-projection's output, the gates, the convolution's output, keys and values, and the cell's output with its
-statistics.
+One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell with head
+norm, skip and gate behind it in the same kernel (a kernel of their own behind the chunkwise form), down-projection and
+residual. Kept for the backward pass (`block_backward.py`): the input, the up-projection's output, the gates, the
+convolution's output, keys and values, and the cell's output with its statistics.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import (
+    block_cell_kernels,
     block_gate_kernels,
     block_gemm_kernels,
     block_kernels,
@@ -23,11 +25,21 @@ from . import (
     triton_quadratic,
 )
 from .fast_launch import FastKernels
-from .triton_launch import Tiles, ceil_div, dot_precision, launch_first_fitting, next_power_of_two
+from .triton_launch import (
+    Tiles,
+    ceil_div,
+    device_limits,
+    dot_precision,
+    head_pieces,
+    launch_first_fitting,
+    log_scale,
+    next_power_of_two,
+)
 
 __all__ = ['NORM_EPS', 'BlockShape', 'block_forward', 'gate_width', 'qkv_biases']
 
 kernels = FastKernels(block_kernels)
+cell_kernels = FastKernels(block_cell_kernels)
 gate_kernels = FastKernels(block_gate_kernels)
 gemm_kernels = FastKernels(block_gemm_kernels)
 mix_kernels = FastKernels(block_mix_kernels)
@@ -53,7 +65,12 @@ SETTINGS = {
     'scan': (SCAN_TOKENS, 8),
     'output': (2048, 4),
 }
+# Elements of a step behind the cell, and loads in flight there up to 128 channels a head and above: shared memory for
+# more of them would leave room for one program of four less.
+GATED_TILE = 2048
+GATED_STAGES = (1, 2)
 NORM_EPS = 1e-5
+CELL_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -177,8 +194,8 @@ def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tenso
 
 def _gates(
     shape: BlockShape, cell: ModuleType, q: Tensor, shares: Tensor, constant: Tensor, weights: dict[str, Tensor | None]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of the gates' shares, (2, B, NH, S), and what else the cell is given: its scans, where they are made here."""
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the gates' shares, (2, B, NH, S), and the quadratic cell's scans of them, where they are made here."""
     gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
     parts, width = constant.shape
     tensors = shares, constant, weights['bi'], weights['bf'], gates
@@ -190,12 +207,12 @@ def _gates(
             *tensors, stats, shape.batch, shape.tokens, parts, pitch, shape.batch * shape.heads * pitch,
             int(shape.reverse), **options, SPAN=SCAN_TOKENS, num_warps=SETTINGS['scan'][1],
         )  # fmt: skip
-        return gates, {'stats': stats}
+        return gates, stats
     step, warps = SETTINGS['gates']
     gate_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step),)](
         *tensors, shape.batch, shape.tokens, parts, **options, BT=step, num_warps=warps
     )
-    return gates, {}
+    return gates, None
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -218,6 +235,38 @@ def _output(shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, weights: dict[
     return y
 
 
+def _gated_cell(
+    shape: BlockShape, q: Tensor, k: Tensor, v: Tensor, pre: Tensor, z: Tensor, stats: Tensor,
+    weights: dict[str, Tensor | None], keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (B, S, E), and h (B, NH, S, DH) if it is kept, else nothing of meaning."""
+    tokens, heads, inner = shape.tokens, shape.heads, shape.inner
+    dim = inner // heads
+    y = torch.empty_like(pre)
+    h = torch.empty_like(pre) if keep else y
+    alignment = math.gcd(dim, 8)
+    strides = [stride // alignment for stride in (tokens * inner, dim, inner)]
+    z_strides = [stride // alignment for stride in (z.stride(0), dim, z.stride(1))]
+    pitch = stats.shape[-1] // triton_quadratic.BLOCK
+    bias = weights['head_b']
+    first, second = head_pieces(dim)
+    width = next_power_of_two(dim)
+
+    def launch(tiles: Tiles) -> object:
+        return cell_kernels.gated_forward_kernel[(shape.batch * heads * ceil_div(tokens, tiles.rows),)](
+            q, k, v, h, pre, z, y, weights['head_w'], weights['head_w'] if bias is None else bias, weights['skip'],
+            stats, *strides, *strides, *strides, *strides, *strides, *z_strides, *strides, tokens, heads, pitch,
+            shape.batch * heads * pitch, int(shape.reverse), log_scale(dim), CELL_EPS, NORM_EPS,
+            HAS_BIAS=bias is not None, DH=dim, DA=first, DB=second, BD=width, BM=tiles.rows, BN=tiles.columns,
+            BG=max(1, min(16, GATED_TILE // width)), STAGES=GATED_STAGES[width > 128], SMALL=tiles.small,
+            ALIGN=alignment, PRECISION=dot_precision(q.dtype), **tiles.options(),
+        )  # fmt: skip
+
+    limits = device_limits(q.device)
+    launch_first_fitting(triton_quadratic.tile_candidates('forward', dim, q.element_size(), limits), launch)
+    return y, _heads(h, heads)
+
+
 def block_forward(
     shape: BlockShape,
     cell: ModuleType,
@@ -225,6 +274,7 @@ def block_forward(
     weights: dict[str, Tensor | None],
     dtype: torch.dtype,
     scale: Tensor | None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
     """Run one block, or without a norm's weight its inner part alone.
 
@@ -235,6 +285,7 @@ def block_forward(
         weights: The block's parameters by short name; see `mmvil.ops.block_op`.
         dtype: Type that activations are stored in and multiplied as.
         scale: Drop path factor per image, (B,), or None.
+        keep: Whether there will be a backward pass. Else only the first result means something.
 
     Returns:
         The new residual stream (of the inner part: its output in dtype), and for the backward pass: u (B, S, 2E), gates
@@ -246,9 +297,15 @@ def block_forward(
     a, z = u.chunk(2, -1)
     pre, q, k, v, shares = _mix(shape, a, mix, weights)
     heads = [_heads(t, shape.heads) for t in (q, k, v)]
-    gates, scans = _gates(shape, cell, heads[0], shares, mix.constant, weights)
-    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, 1e-6, **scans)
-    y = _output(shape, h, pre, z, weights)
+    gates, stats = _gates(shape, cell, heads[0], shares, mix.constant, weights)
+    if cell is triton_quadratic and pre.numel():
+        if stats is None:
+            stats = triton_quadratic.scan_gates(heads[0], gates[0], gates[1], shape.reverse)
+        y, h = _gated_cell(shape, q, k, v, pre, z, stats, weights, keep)
+        statistics = (stats,)
+    else:
+        h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS)
+        y = _output(shape, h, pre, z, weights)
     if weights['norm_w'] is not None:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
     else:

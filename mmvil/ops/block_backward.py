@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import block_backward_kernels, block_backward_norm_kernels, block_conv_kernels
-from .block import NORM_EPS, BlockShape, gate_width, qkv_biases
+from .block import CELL_EPS, NORM_EPS, BlockShape, gate_width, qkv_biases
 from .fast_launch import FastKernels
 from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
@@ -340,7 +340,7 @@ def block_backward(
     dh, dc, ddown_w = run.output_gradients(branch, down_w, _rows(h), pre, dz)
     q = run.queries(pre)
     heads = [t.view_as(k).unflatten(2, (shape.heads, -1)).transpose(1, 2) for t in (dh, q, k, v)]
-    *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, 1e-6)
+    *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, CELL_EPS)
     dq, dk, dv = (_rows(t) for t in dqkv)
     dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)
     run.value_gradient(dv, (di, df), maps, da)

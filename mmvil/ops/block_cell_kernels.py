@@ -1,67 +1,60 @@
-"""Device code of the cell inside of a ViL block: the quadratic mLSTM, then head norm, skip and gate while h is at hand."""
+"""Device code of the cell inside of a ViL block: the quadratic mLSTM, then head norm, skip and gate of the same rows.
+
+The cell's tile of h is laid out for the matrix unit and takes most registers. It goes through memory, that is the L2
+cache, and comes back some rows at a time.
+"""
 
 import triton
 import triton.language as tl
 
-from .triton_quadratic_kernels import BLOCK, head_start, hidden_rows, load_piece, store_rows
+from .triton_quadratic_kernels import BLOCK, head_start, hidden_rows, store_rows
 
 __all__ = ['gated_forward_kernel']
 
 
 @triton.jit
-def _vector(ptr, columns, DH: tl.constexpr):
-    """Some channels' numbers as a row, float32."""
-    return tl.load(ptr + columns, mask=columns < DH, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _gated(
-    normalised, i, S, pre, pre_step, z, z_step, w, b, skip,
-    HAS_BIAS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, DH: tl.constexpr,
+def _gate_rows(
+    h, h_step, pre, pre_step, z, z_step, y, y_step, w, b, skip, S, first, norm_eps,
+    HAS_BIAS: tl.constexpr, DH: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """((1 + w) * normalised + b + skip * SiLU(pre)) * SiLU(z) for some channels."""
-    columns = FIRST + tl.arange(0, COLUMNS)
-    y = normalised * (1.0 + _vector(w, columns, DH))
-    if HAS_BIAS:
-        y += _vector(b, columns, DH)
-    c = load_piece(pre, pre_step, i, S, FIRST, COLUMNS, DH).to(tl.float32)
-    y += _vector(skip, columns, DH) * c * tl.sigmoid(c)
-    gate = load_piece(z, z_step, i, S, FIRST, COLUMNS, DH).to(tl.float32)
-    return y * gate * tl.sigmoid(gate)
+    """y = ((1 + w) * norm(h) + b + skip * SiLU(pre)) * SiLU(z) for BM rows, BG at a time; h and y may be one."""
+    d = tl.arange(0, BD)
+    inside = d < DH
+    weight = tl.load(w + d, mask=inside, other=0.0).to(tl.float32)[None, :] + 1.0
+    jump = tl.load(skip + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    bias = tl.load(b + d, mask=inside, other=0.0).to(tl.float32)[None, :] if HAS_BIAS else jump
+    for start in tl.range(first, tl.minimum(first + BM, S), BG, num_stages=STAGES):
+        i = start + tl.arange(0, BG)
+        mask = (i < S)[:, None] & inside[None, :]
+        x = tl.load(h + i[:, None] * h_step + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(pre + i[:, None] * pre_step + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(z + i[:, None] * z_step + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, x - (tl.sum(x, 1) / DH)[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DH + norm_eps)
+        inner = centred * rstd[:, None] * weight + jump * c * tl.sigmoid(c)
+        if HAS_BIAS:
+            inner += bias
+        out = inner * gate * tl.sigmoid(gate)
+        tl.store(y + i[:, None] * y_step + d[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _tile(
     q, q_step, k, k_step, v, v_step, h, h_step, pre, pre_step, z, z_step, y, y_step, w, b, skip, stats, plane,
-    S, first, log_scale, eps, norm_eps, KEEP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    S, first, log_scale, eps, norm_eps, HAS_BIAS: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`gated_forward_kernel` for BM tokens of a head."""
-    i = first + tl.arange(0, BM)
     h_a, h_b = hidden_rows(
         q, q_step, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, DH, DA, DB, BM, BN, PRECISION
     )
-    if KEEP:
-        store_rows(h, h_step, i, S, h_a, h_b, DH, DA, DB)
-    # The backward pass knows the rounded h alone.
-    dtype = y.dtype.element_ty
-    h_a = h_a.to(dtype).to(tl.float32)
-    total = tl.sum(h_a, 1)  # columns beyond DH are zero
-    if DB > 0:
-        h_b = h_b.to(dtype).to(tl.float32)
-        total += tl.sum(h_b, 1)
-    mean = (total / DH)[:, None]
-    h_a = tl.where(tl.arange(0, DA)[None, :] < DH, h_a - mean, 0.0)
-    squares = tl.sum(h_a * h_a, 1)
-    if DB > 0:
-        h_b = tl.where(DA + tl.arange(0, DB)[None, :] < DH, h_b - mean, 0.0)
-        squares += tl.sum(h_b * h_b, 1)
-    rstd = tl.rsqrt(squares / DH + norm_eps)[:, None]
-    y_a = _gated(h_a * rstd, i, S, pre, pre_step, z, z_step, w, b, skip, HAS_BIAS, 0, DA, DH)
-    y_b = y_a
-    if DB > 0:
-        y_b = _gated(h_b * rstd, i, S, pre, pre_step, z, z_step, w, b, skip, HAS_BIAS, DA, DB, DH)
-    store_rows(y, y_step, i, S, y_a, y_b, DH, DA, DB)
+    store_rows(h, h_step, first + tl.arange(0, BM), S, h_a, h_b, DH, DA, DB)
+    tl.debug_barrier()  # what other threads have written is read from here on
+    _gate_rows(
+        h, h_step, pre, pre_step, z, z_step, y, y_step, w, b, skip, S, first, norm_eps, HAS_BIAS, DH, BD, BM, BG, STAGES
+    )
 
 
 @triton.jit(
@@ -75,13 +68,14 @@ def gated_forward_kernel(
     q, k, v, h, pre, z, y, w, b, skip, stats,
     q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, h_sb, h_sh, h_ss,
     pre_sb, pre_sh, pre_ss, z_sb, z_sh, z_ss, y_sb, y_sh, y_ss,
-    S, NH, pitch, plane, reverse, log_scale, eps, norm_eps, KEEP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SMALL: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    S, NH, pitch, plane, reverse, log_scale, eps, norm_eps, HAS_BIAS: tl.constexpr,
+    DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BG: tl.constexpr, STAGES: tl.constexpr, SMALL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = ((1 + w) * norm(h) + b + skip * SiLU(pre)) * SiLU(z), h being the mLSTM of q, k, v; h is written if KEEP.
+    """y = ((1 + w) * norm(h) + b + skip * SiLU(pre)) * SiLU(z), h being the mLSTM of q, k, v.
 
-    Everything else is as in `quadratic_forward_kernel`; w, b and skip hold NH * DH channels.
+    h may be y, where nobody wants it. Everything else is as in `quadratic_forward_kernel`; w, b and skip hold NH * DH
+    channels.
     """
     tiles = tl.cdiv(S, BM)
     index = tl.program_id(0) // tiles
@@ -101,15 +95,18 @@ def gated_forward_kernel(
         if S - first <= SMALL:
             _tile(
                 q, q_step, k, k_step, v, v_step, h, h_step, pre, pre_step, z, z_step, y, y_step, w, b, skip, stats,
-                plane, S, first, log_scale, eps, norm_eps, KEEP, HAS_BIAS, DH, DA, DB, SMALL, BN, PRECISION,
+                plane, S, first, log_scale, eps, norm_eps, HAS_BIAS, DH, DA, DB, BD, SMALL, BN, BG, STAGES,
+                PRECISION,
             )  # fmt: skip
         else:
             _tile(
                 q, q_step, k, k_step, v, v_step, h, h_step, pre, pre_step, z, z_step, y, y_step, w, b, skip, stats,
-                plane, S, first, log_scale, eps, norm_eps, KEEP, HAS_BIAS, DH, DA, DB, BM, BN, PRECISION,
+                plane, S, first, log_scale, eps, norm_eps, HAS_BIAS, DH, DA, DB, BD, BM, BN, BG, STAGES,
+                PRECISION,
             )  # fmt: skip
     else:
         _tile(
             q, q_step, k, k_step, v, v_step, h, h_step, pre, pre_step, z, z_step, y, y_step, w, b, skip, stats,
-            plane, S, first, log_scale, eps, norm_eps, KEEP, HAS_BIAS, DH, DA, DB, BM, BN, PRECISION,
+            plane, S, first, log_scale, eps, norm_eps, HAS_BIAS, DH, DA, DB, BD, BM, BN, BG, STAGES,
+                PRECISION,
         )  # fmt: skip

@@ -199,12 +199,12 @@ vil_block_fwd.register_autograd(_operator_backward, setup_context=_setup_context
 
 def _forward(
     x: Tensor, named: dict[str, Tensor | None], scale: Tensor | None, rows: int, columns: int, heads: int,
-    reverse: bool, dtype: torch.dtype,
+    reverse: bool, dtype: torch.dtype, keep: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """Results of `vil_block_fwd`."""
+    """Results of `vil_block_fwd`; without `keep` only the first means something."""
     with torch.cuda.device_of(x):
         shape = _shape(x, named, rows, columns, heads, reverse)
-        out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale)
+        out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale, keep)
         return [out, *saved, *statistics]
 
 
@@ -299,4 +299,4 @@ def fused_block(
         return torch.ops.mmvil.vil_block_fwd(x, tensors, names, scale, *sizes, dtype)[0]
     if torch.is_grad_enabled():
         return _EagerBlock.apply(x, names, scale, sizes, dtype, *tensors)
-    return _forward(x, _by_name(tensors, names), scale, *sizes, dtype)[0]
+    return _forward(x, _by_name(tensors, names), scale, *sizes, dtype, keep=False)[0]

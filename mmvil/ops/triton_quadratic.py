@@ -23,7 +23,7 @@ from .triton_launch import (
     rows_contiguous,
 )
 
-__all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'empty_saved', 'forward', 'tile_candidates']
+__all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'empty_saved', 'forward', 'scan_gates', 'tile_candidates']
 
 kernels = FastKernels(triton_quadratic_kernels)
 
@@ -116,9 +116,31 @@ def _tiles(given: Tiles | None, kernel: str, q: Tensor) -> list[Tiles]:
     return tile_candidates(kernel, q.shape[-1], q.element_size(), device_limits(q.device))
 
 
+def scan_gates(q: Tensor, igate: Tensor, fgate: Tensor, reverse: bool) -> Tensor:
+    """Scan the gates.
+
+    Args:
+        q: Queries, for their shape; see `forward`, as for the others.
+        igate: Input gate pre-activations.
+        fgate: Forget gate pre-activations.
+        reverse: Read the sequence from its end.
+
+    Returns:
+        What `empty_saved` allocates, filled but for the normaliser.
+    """
+    (stats,) = empty_saved(q)
+    batch, heads, length = q.shape[:3]
+    pitch = ceil_div(length, BLOCK)
+    if q.numel():
+        kernels.gate_scan_kernel[(batch * heads,)](
+            igate, fgate, stats, length, pitch, batch * heads * pitch, int(reverse), **SCAN_SPANS
+        )
+    return stats
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, eps: float,
-    tiles: Tiles | None = None, stats: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Run the quadratic mLSTM.
 
@@ -131,23 +153,18 @@ def forward(
         reverse: Read the sequence from its end.
         eps: Added to the denominator.
         tiles: Tile settings; default: the table's.
-        stats: What `empty_saved` gives, if the gates' scans are already in it.
 
     Returns:
         h, (B, NH, S, DH) in q's dtype, and the tensors that `backward` wants.
     """
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     batch, heads, length, dim = q.shape
-    h, is_scanned = empty_rows_like(q), stats is not None
-    if not is_scanned:
-        (stats,) = empty_saved(q)
+    h, stats = empty_rows_like(q), scan_gates(q, igate, fgate, reverse)
     if q.numel() == 0:
         return h, (stats,)
     sign = int(reverse)
     pitch = ceil_div(length, BLOCK)
     plane = batch * heads * pitch
-    if not is_scanned:
-        kernels.gate_scan_kernel[(batch * heads,)](igate, fgate, stats, length, pitch, plane, sign, **SCAN_SPANS)
     alignment = row_alignment(q, k, v, h)
     strides = row_strides(alignment, q, k, v, h)
     constants = _shared_constants(q, alignment)

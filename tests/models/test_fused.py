@@ -237,6 +237,18 @@ def test_whole_model_eager_compiled_and_checkpointed() -> None:
         assert relative(parameter.grad, other.grad) < 1e-3, name
 
 
+@on_kernels
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+def test_inference_is_the_forward_pass_of_training(options: dict) -> None:
+    """It keeps nothing, and overwrites h with what is made of it."""
+    torch.manual_seed(0)
+    block = trained_like(ViLBlock(32, reverse=True, **options)).to(DEVICE)
+    x = torch.randn(2, 70, 32, device=DEVICE)
+    with torch.no_grad():
+        inference = run_fused(block, x, (7, 10))
+    assert torch.equal(inference, run_fused(block, x, (7, 10)))
+
+
 @pytest.mark.gpu
 def test_results_do_not_change_from_run_to_run() -> None:
     torch.manual_seed(0)
