@@ -32,23 +32,11 @@ ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512,
 FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
 # IEEE float32 products run on the plain cores, with more registers for an operand.
 FLOAT_TILES = {**FLAT_TILES, 'mix': (16, 16, 2, 3, 4), 'value': (16, 16, 2, 2, 8)}
-CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
+CONV_TILE = (32, 4, 12)  # channels and warps of the causal convolution's, programs as above of both
+GRID_TILE = (1, 64, 1)  # quads of columns, channels, warps
 CONV_REGISTERS = 168
 SUM_TILE = (128, 32, 8)
 COPY_BLOCK = 2048
-
-
-def _walk(shape: BlockShape) -> tuple[int, int]:
-    """Rows and columns that strips are cut from."""
-    return shape.grid if shape.two_dimensional else (ceil_div(shape.tokens, STRIP_COLUMNS), STRIP_COLUMNS)
-
-
-def _strips(shape: BlockShape) -> tuple[int, int, int]:
-    """Rows of a strip, strips above each other, strips in all."""
-    rows, width = _walk(shape)
-    height = min(rows, MAX_STRIP_ROWS)
-    row_blocks = ceil_div(rows, height)
-    return height, row_blocks, row_blocks * ceil_div(width, STRIP_COLUMNS)
 
 
 def _channels(shape: BlockShape, most: int) -> int:
@@ -114,7 +102,7 @@ class _Backward:
         self.output = self._by_rows('output', shape.inner // shape.heads, shape.heads)
         self.mix = self._flat('mix')
         self.value = self._flat('value')
-        self.conv = self._groups()
+        self.conv = self._strips()
         inner, block, heads = shape.inner, shape.block, shape.heads
         common = inner * (block + 1 + 2 * heads)
         self.sums = _Sums(
@@ -124,7 +112,7 @@ class _Backward:
                 (self.norm[1] if weights['norm_w'] is not None else 0, 2 * dims),
                 (self.mix[1], common + inner * (block + 1) + 2 * heads),
                 (self.value[1], common),
-                (self.conv[0] * _strips(shape)[2], inner * (self.taps + 2)),
+                (self.conv[1] * self.conv[2], inner * (self.taps + 2)),
                 (self.output[1], 4 * inner),
             ),
         )
@@ -142,13 +130,25 @@ class _Backward:
         parts = self._parts(_channels(self.shape, most))
         return _steps(self.count, height, max(1, held * self.processors // parts))
 
-    def _groups(self) -> tuple[int, int]:
-        """Groups of images, and images of each, so that there are programs enough but few partial sums."""
-        batch, (most, _, held) = self.shape.batch, CONV_TILE
-        parts = self._parts(_channels(self.shape, most))
-        groups = max(1, min(batch, held * self.processors // (parts * _strips(self.shape)[2])))
-        images = ceil_div(batch, groups)
-        return ceil_div(batch, images), images
+    def _strips(self) -> tuple[int, int, int, int]:
+        """Rows of the convolution's strips, strips above each other, groups of programs beside these, images.
+
+        The latter are those of a group, or on a grid those that all groups are in at a time. There are programs enough,
+        but few partial sums.
+        """
+        shape, batch = self.shape, self.shape.batch
+        rows = shape.grid[0] if shape.two_dimensional else ceil_div(shape.tokens, STRIP_COLUMNS)
+        height = min(rows, MAX_STRIP_ROWS)
+        strips = ceil_div(rows, height)
+        most = GRID_TILE[1] if shape.two_dimensional else CONV_TILE[0]
+        groups = CONV_TILE[2] * self.processors // (self._parts(_channels(shape, most)) * strips)
+        if not shape.two_dimensional:
+            images = ceil_div(batch, max(1, min(batch, groups)))
+            return height, strips, ceil_div(batch, images), images
+        quads = ceil_div(shape.grid[1], 4)
+        images = max(1, min(batch, groups * GRID_TILE[0] // quads))
+        images = ceil_div(batch, ceil_div(batch, images))  # as many at all times
+        return height, strips, ceil_div(images * quads, GRID_TILE[0]), images
 
     def branch_gradient(self, dout: Tensor, scale: Tensor | None) -> Tensor:
         """Gradient of the branch (N, D) in the activations' type."""
@@ -241,23 +241,25 @@ class _Backward:
 
     def conv_gradient(self, dpre: Tensor, da: Tensor) -> None:
         """Add what comes to a through the convolution."""
-        shape, weights = self.shape, self.weights
-        most, warps, _ = CONV_TILE
-        channels = _channels(shape, most)
-        height, row_blocks, strips = _strips(shape)
-        groups, images = self.conv
+        shape, conv_w, sums = self.shape, self.weights['conv_w'], self.sums.parts[4]
+        height, strips, groups, images = self.conv
         last = self.taps - 1 if shape.reverse else 0
+        pitch = self.sums.sizes[4][1]
         if shape.two_dimensional:
-            kernel = conv_kernels.conv2d_backward_kernel
-            sizes = (*_walk(shape), shape.inner, height, row_blocks, strips, images, last)
+            quads, most, warps = GRID_TILE
+            channels = _channels(shape, most)
+            conv_kernels.conv2d_backward_kernel[(self._parts(channels) * strips * groups,)](
+                self.a, dpre, conv_w, da, sums, shape.batch, *shape.grid, height, strips, images, last, pitch,
+                E=shape.inner, A_ROW=self.a.stride(0), DA_ROW=da.stride(0), QUADS=quads, BC=channels, num_warps=warps,
+            )  # fmt: skip
         else:
-            kernel = conv_kernels.conv1d_backward_kernel
-            sizes = (shape.tokens, shape.inner, height, strips, images, 0 if shape.reverse else -3, last)
-        kernel[(self._parts(channels), strips, groups)](
-            self.a, self.a.stride(0), dpre, weights['conv_w'], da, da.stride(0), self.sums.parts[4], shape.batch,
-            *sizes, self.sums.sizes[4][1], BW=STRIP_COLUMNS, BC=channels, num_warps=warps,
-            maxnreg=CONV_REGISTERS,
-        )  # fmt: skip
+            most, warps, _ = CONV_TILE
+            channels = _channels(shape, most)
+            conv_kernels.conv1d_backward_kernel[(self._parts(channels), strips, groups)](
+                self.a, self.a.stride(0), dpre, conv_w, da, da.stride(0), sums, shape.batch, shape.tokens, shape.inner,
+                height, strips, images, 0 if shape.reverse else -3, last, pitch, BW=STRIP_COLUMNS, BC=channels,
+                num_warps=warps, maxnreg=CONV_REGISTERS,
+            )  # fmt: skip
 
     def norm_gradient(self, x: Tensor, dnorm: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient of x, the residual's included, and the norm's output."""
