@@ -35,7 +35,9 @@ FLOAT_TILES = {**FLAT_TILES, 'mix': (16, 16, 2, 3, 4), 'value': (16, 16, 2, 2, 8
 CONV_TILE = (32, 4, 12)  # channels, warps, programs as above
 CONV_REGISTERS = 168
 SUM_TILE = (128, 32, 8)
+# Elements that a program copies, in the finishing kernel and in the first one with its fewer threads.
 COPY_BLOCK = 2048
+PREPARE_BLOCK = 1024
 
 
 def _walk(shape: BlockShape) -> tuple[int, int]:
@@ -150,18 +152,6 @@ class _Backward:
         images = ceil_div(batch, groups)
         return ceil_div(batch, images), images
 
-    def branch_gradient(self, dout: Tensor, scale: Tensor | None) -> Tensor:
-        """Gradient of the branch (N, D) in the activations' type."""
-        height, width = _row_tile('branch', self.dims)
-        branch = torch.empty_like(dout, dtype=self.dtype)
-        steps, programs = self.branch
-        norm_kernels.branch_kernel[(programs,)](
-            dout, dout if scale is None else scale, branch, self.sums.parts[0], self.count, self.shape.tokens,
-            self.dims, steps, SCALED=scale is not None, BM=height, BD=width, STAGES=ROW_TILES['branch'][2],
-            num_warps=ROW_TILES['branch'][1],
-        )  # fmt: skip
-        return branch
-
     def queries(self, pre: Tensor) -> Tensor:
         """q (N, E)."""
         shape, weights = self.shape, self.weights
@@ -195,20 +185,30 @@ class _Backward:
         )  # fmt: skip
         return dh, dc, branch.t() @ y
 
-    def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gates as maps of c and a, (2, E, columns); the outer projections' weights in the activations' dtype."""
+    def prepare(self, dout: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The branch's gradient (N, D) and the outer projections' weights, both in the activations' dtype; the gates.
+
+        The last are maps of c and a, (2, E, columns).
+        """
         shape, weights = self.shape, self.weights
         channels, gates = _channels(shape, 32), gate_width(shape)
         wide = [weights['up_w'], weights['down_w']]
         sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
+        branch = torch.empty_like(dout, dtype=self.dtype)
+        height, width = _row_tile('branch', self.dims)
+        steps, programs = self.branch
         parts = self._parts(channels)
-        kernels.prepare_backward_kernel[(2 * parts + ceil_div(max(sizes), COPY_BLOCK),)](
-            weights['wq'], weights['wk'], weights['wv'], weights['wi'], weights['wf'], maps, *wide, *copies, *sizes,
-            parts, shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
+        others = 2 * parts + ceil_div(max(sizes), PREPARE_BLOCK)
+        norm_kernels.prepare_backward_kernel[(others + programs,)](
+            dout, dout if scale is None else scale, branch, self.sums.parts[0], weights['wq'], weights['wk'],
+            weights['wv'], weights['wi'], weights['wf'], maps, *wide, *copies, *sizes, parts, others, shape.inner,
+            self.count, shape.tokens, self.dims, steps, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates,
+            BLOCK=PREPARE_BLOCK, SCALED=scale is not None, BM=height, BD=width, STAGES=ROW_TILES['branch'][2],
+            num_warps=ROW_TILES['branch'][1],
         )  # fmt: skip
         up, down = (x.view_as(w) if size else w for x, w, size in zip(copies, wide, sizes, strict=True))
-        return maps.view(2, shape.inner, gates), up, down
+        return branch, up, down, maps.view(2, shape.inner, gates)
 
     def mix_gradient(
         self, pre: Tensor, dq: Tensor, dk: Tensor, dc: Tensor, dgates: Sequence[Tensor], maps: Tensor
@@ -333,8 +333,7 @@ def block_backward(
     """
     run = _Backward(shape, u, x.shape[2], weights)
     x_rows, dout, pre = x.flatten(0, 1), dout.contiguous().flatten(0, 1), pre.flatten(0, 1)
-    maps, up_w, down_w = run.prepare()
-    branch = run.branch_gradient(dout, scale)
+    branch, up_w, down_w, maps = run.prepare(dout, scale)
     du = torch.empty_like(run.u)
     da, dz = du.chunk(2, 1)
     dh, dc, ddown_w = run.output_gradients(branch, down_w, _rows(h), pre, dz)
