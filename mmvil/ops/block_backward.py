@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import block_backward_kernels, block_backward_norm_kernels, block_conv_kernels
-from .block import NORM_EPS, BlockShape, gate_width, qkv_biases
+from .block import NORM_EPS, BlockShape, as_heads, gate_width, qkv_biases
 from .fast_launch import FastKernels
 from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
@@ -97,7 +97,8 @@ def _row_tile(name: str, dims: int) -> tuple[int, int]:
 
 def _rows(x: Tensor) -> Tensor:
     """(B, NH, S, DH) as (B * S, NH * DH), without a copy if it is token-major."""
-    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+    batch, heads, tokens, dim = x.shape
+    return x.transpose(1, 2).reshape(batch * tokens, heads * dim)
 
 
 class _Backward:
@@ -338,7 +339,7 @@ def block_backward(
     da, dz = du.chunk(2, 1)
     dh, dc, ddown_w = run.output_gradients(branch, down_w, _rows(h), pre, dz)
     q = run.queries(pre)
-    heads = [t.view_as(k).unflatten(2, (shape.heads, -1)).transpose(1, 2) for t in (dh, q, k, v)]
+    heads = [as_heads(t.view(k.shape), shape.heads) for t in (dh, q)] + [as_heads(t, shape.heads) for t in (k, v)]
     *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, 1e-6)
     dq, dk, dv = (_rows(t) for t in dqkv)
     dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)

@@ -168,8 +168,8 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def row_alignment(*tensors: Tensor) -> int:
     """Largest of 8, 4, 2, 1 elements that divides every row start's offset, so that loads can be wide."""
-    shared = math.gcd(*(stride for x in tensors for stride in x.stride()[:-1]), 8)
-    return shared
+    kinds = {x.stride()[:-1] for x in tensors}  # tensors of a launch mostly have the same strides
+    return math.gcd(8, *[stride for strides in kinds for stride in strides])
 
 
 def row_strides(alignment: int, *tensors: Tensor) -> list[int]:
