@@ -201,6 +201,13 @@ def fitting_tiles(
     return [tiles for tiles in candidates[:-1] if bytes_needed(tiles) <= limits.shared_memory] + [candidates[-1]]
 
 
+def _out_of_resources() -> type[Exception]:
+    """Triton's exception for kernels that need more than the card has; importing it takes time at each launch."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
+
+
 def launch_first_fitting(candidates: Sequence[Tiles], launch: Callable[[Tiles], object]) -> Tiles:
     """Run a launch with the first tile settings that the compiled kernel's real needs allow.
 
@@ -214,12 +221,10 @@ def launch_first_fitting(candidates: Sequence[Tiles], launch: Callable[[Tiles], 
     Raises:
         triton.runtime.errors.OutOfResources: Not even the last settings fit.
     """
-    from triton.runtime.errors import OutOfResources
-
     for tiles in candidates[:-1]:
         try:
             launch(tiles)
-        except OutOfResources:
+        except _out_of_resources():  # evaluated only if the launch raises
             continue
         return tiles
     launch(candidates[-1])
