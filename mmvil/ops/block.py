@@ -36,7 +36,7 @@ from .triton_launch import (
     next_power_of_two,
 )
 
-__all__ = ['NORM_EPS', 'BlockShape', 'block_forward', 'gate_width', 'qkv_biases']
+__all__ = ['CELL_EPS', 'NORM_EPS', 'BlockShape', 'as_heads', 'block_forward', 'gate_width', 'qkv_biases']
 
 kernels = FastKernels(block_kernels)
 cell_kernels = FastKernels(block_cell_kernels)
@@ -116,8 +116,8 @@ class MixWeights:
     """What the forward mixing kernel reads; see `prepare_kernel`.
 
     Attributes:
-        constant: (parts, BG) float32, what the projections' biases add to the gates.
-        taps: (taps, E) float32, the convolution's weights, turned for the reading direction.
+        constant: (parts * BG) float32, what the projections' biases add to the gates.
+        taps: (taps * E) float32, the convolution's weights, turned for the reading direction.
         matrices: (E / 32, 3, 32, 32), the projections.
         gate_matrices: (E / 32, 2, 32, BG), maps from c and a to the gates.
     """
@@ -158,7 +158,7 @@ def _prepare(
         BLOCK=COPY_BLOCK, BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
-    return MixWeights(constant.view(parts, gates), turned.view(taps, -1), matrices, gate_matrices), found, normalised
+    return MixWeights(constant, turned, matrices, gate_matrices), found, normalised
 
 
 def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
@@ -197,7 +197,8 @@ def _gates(
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of the gates' shares, (2, B, NH, S), and the quadratic cell's scans of them, where they are made here."""
     gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
-    parts, width = constant.shape
+    width = gate_width(shape)
+    parts = constant.numel() // width
     tensors = shares, constant, weights['bi'], weights['bf'], gates
     options = {'HEADS': shape.heads, 'BG': width, 'BN': next_power_of_two(shape.heads)}
     if cell is triton_quadratic and shape.tokens <= SCAN_TOKENS and shape.heads <= SCAN_HEADS:
@@ -215,9 +216,9 @@ def _gates(
     return gates, None
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
+def as_heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, E) seen as (B, NH, S, DH)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
 def _output(shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, weights: dict[str, Tensor | None]) -> Tensor:
@@ -264,7 +265,7 @@ def _gated_cell(
 
     limits = device_limits(q.device)
     launch_first_fitting(triton_quadratic.tile_candidates('forward', dim, q.element_size(), limits), launch)
-    return y, _heads(h, heads)
+    return y, as_heads(h, heads)
 
 
 def block_forward(
@@ -296,7 +297,7 @@ def block_forward(
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
     pre, q, k, v, shares = _mix(shape, a, mix, weights)
-    heads = [_heads(t, shape.heads) for t in (q, k, v)]
+    heads = [as_heads(t, shape.heads) for t in (q, k, v)]
     gates, stats = _gates(shape, cell, heads[0], shares, mix.constant, weights)
     if cell is triton_quadratic and pre.numel():
         if stats is None:

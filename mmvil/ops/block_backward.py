@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import block_backward_kernels, block_backward_norm_kernels, block_conv_kernels
-from .block import CELL_EPS, NORM_EPS, BlockShape, gate_width, qkv_biases
+from .block import CELL_EPS, NORM_EPS, BlockShape, as_heads, gate_width, qkv_biases
 from .fast_launch import FastKernels
 from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
@@ -36,7 +36,9 @@ CONV_TILE = (32, 4, 12)  # channels and warps of the causal convolution's, progr
 GRID_TILE = (1, 64, 1)  # quads of columns, channels, warps
 CONV_REGISTERS = 168
 SUM_TILE = (128, 32, 8)
+# Elements that a program copies, in the finishing kernel and in the first one with its fewer threads.
 COPY_BLOCK = 2048
+PREPARE_BLOCK = 1024
 
 
 def _channels(shape: BlockShape, most: int) -> int:
@@ -83,7 +85,8 @@ def _row_tile(name: str, dims: int) -> tuple[int, int]:
 
 def _rows(x: Tensor) -> Tensor:
     """(B, NH, S, DH) as (B * S, NH * DH), without a copy if it is token-major."""
-    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+    batch, heads, tokens, dim = x.shape
+    return x.transpose(1, 2).reshape(batch * tokens, heads * dim)
 
 
 class _Backward:
@@ -150,18 +153,6 @@ class _Backward:
         images = ceil_div(batch, ceil_div(batch, images))  # as many at all times
         return height, strips, ceil_div(images * quads, GRID_TILE[0]), images
 
-    def branch_gradient(self, dout: Tensor, scale: Tensor | None) -> Tensor:
-        """Gradient of the branch (N, D) in the activations' type."""
-        height, width = _row_tile('branch', self.dims)
-        branch = torch.empty_like(dout, dtype=self.dtype)
-        steps, programs = self.branch
-        norm_kernels.branch_kernel[(programs,)](
-            dout, dout if scale is None else scale, branch, self.sums.parts[0], self.count, self.shape.tokens,
-            self.dims, steps, SCALED=scale is not None, BM=height, BD=width, STAGES=ROW_TILES['branch'][2],
-            num_warps=ROW_TILES['branch'][1],
-        )  # fmt: skip
-        return branch
-
     def queries(self, pre: Tensor) -> Tensor:
         """q (N, E)."""
         shape, weights = self.shape, self.weights
@@ -195,20 +186,30 @@ class _Backward:
         )  # fmt: skip
         return dh, dc, branch.t() @ y
 
-    def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gates as maps of c and a, (2, E, columns); the outer projections' weights in the activations' dtype."""
+    def prepare(self, dout: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The branch's gradient (N, D) and the outer projections' weights, both in the activations' dtype; the gates.
+
+        The last are maps of c and a, (2, E, columns).
+        """
         shape, weights = self.shape, self.weights
         channels, gates = _channels(shape, 32), gate_width(shape)
         wide = [weights['up_w'], weights['down_w']]
         sizes = [0 if x.dtype == self.dtype else x.numel() for x in wide]
         maps, *copies = self.u.new_empty(2 * shape.inner * gates + sum(sizes)).split([2 * shape.inner * gates, *sizes])
+        branch = torch.empty_like(dout, dtype=self.dtype)
+        height, width = _row_tile('branch', self.dims)
+        steps, programs = self.branch
         parts = self._parts(channels)
-        kernels.prepare_backward_kernel[(2 * parts + ceil_div(max(sizes), COPY_BLOCK),)](
-            weights['wq'], weights['wk'], weights['wv'], weights['wi'], weights['wf'], maps, *wide, *copies, *sizes,
-            parts, shape.inner, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates, BLOCK=COPY_BLOCK, num_warps=4,
+        others = 2 * parts + ceil_div(max(sizes), PREPARE_BLOCK)
+        norm_kernels.prepare_backward_kernel[(others + programs,)](
+            dout, dout if scale is None else scale, branch, self.sums.parts[0], weights['wq'], weights['wk'],
+            weights['wv'], weights['wi'], weights['wf'], maps, *wide, *copies, *sizes, parts, others, shape.inner,
+            self.count, shape.tokens, self.dims, steps, QB=shape.block, HEADS=shape.heads, BC=channels, BG=gates,
+            BLOCK=PREPARE_BLOCK, SCALED=scale is not None, BM=height, BD=width, STAGES=ROW_TILES['branch'][2],
+            num_warps=ROW_TILES['branch'][1],
         )  # fmt: skip
         up, down = (x.view_as(w) if size else w for x, w, size in zip(copies, wide, sizes, strict=True))
-        return maps.view(2, shape.inner, gates), up, down
+        return branch, up, down, maps.view(2, shape.inner, gates)
 
     def mix_gradient(
         self, pre: Tensor, dq: Tensor, dk: Tensor, dc: Tensor, dgates: Sequence[Tensor], maps: Tensor
@@ -335,13 +336,12 @@ def block_backward(
     """
     run = _Backward(shape, u, x.shape[2], weights)
     x_rows, dout, pre = x.flatten(0, 1), dout.contiguous().flatten(0, 1), pre.flatten(0, 1)
-    maps, up_w, down_w = run.prepare()
-    branch = run.branch_gradient(dout, scale)
+    branch, up_w, down_w, maps = run.prepare(dout, scale)
     du = torch.empty_like(run.u)
     da, dz = du.chunk(2, 1)
     dh, dc, ddown_w = run.output_gradients(branch, down_w, _rows(h), pre, dz)
     q = run.queries(pre)
-    heads = [t.view_as(k).unflatten(2, (shape.heads, -1)).transpose(1, 2) for t in (dh, q, k, v)]
+    heads = [as_heads(t.view(k.shape), shape.heads) for t in (dh, q)] + [as_heads(t, shape.heads) for t in (k, v)]
     *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, CELL_EPS)
     dq, dk, dv = (_rows(t) for t in dqkv)
     dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)

@@ -11,14 +11,13 @@ over tokens are written per program, one row of partial sums each, and added up 
 import triton
 import triton.language as tl
 
-from .block_kernels import _block_matrix, _fold_gates, _gate_matrix, _load_block, _store_block
+from .block_kernels import _block_matrix, _gate_matrix, _load_block, _store_block
 from .triton_launch import interpreting
 
 __all__ = [
     'fast_sigmoid',
     'finish_kernel',
     'mix_backward_kernel',
-    'prepare_backward_kernel',
     'query_kernel',
     'sum_kernel',
     'value_backward_kernel',
@@ -89,40 +88,6 @@ def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constex
     valid = (n < N)[:, None]
     dgate = tl.load(di_ptr + place, mask=valid & (g < HEADS), other=0.0)
     return dgate + tl.load(df_ptr + place, mask=valid & (g >= HEADS) & (g < 2 * HEADS), other=0.0)
-
-
-@triton.jit
-def _store_map(map_ptr, channel, E, gate, BG: tl.constexpr):
-    """Write a part's map to the gates."""
-    place = channel[:, None] * BG + tl.arange(0, BG)[None, :]
-    tl.store(map_ptr + place, gate.to(map_ptr.dtype.element_ty), mask=(channel < E)[:, None])
-
-
-@triton.jit
-def prepare_backward_kernel(
-    wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, up_ptr, down_ptr, up_copy_ptr, down_copy_ptr, up_size,
-    down_size, parts, E, QB: tl.constexpr, HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gates as linear maps of c and of a, through q, k and v: (2, E, BG); and copies in the activations' dtype.
-
-    Two programs for each part of BC channels, the others copy the outer projections' weights.
-    """
-    program = tl.program_id(0)
-    if program >= 2 * parts:
-        first = (program - 2 * parts) * BLOCK
-        up = _load_block(up_ptr, first, up_size, BLOCK)
-        down = _load_block(down_ptr, first, down_size, BLOCK)
-        _store_block(up_copy_ptr, first, up_size, up, BLOCK)
-        _store_block(down_copy_ptr, first, down_size, down, BLOCK)
-    elif program >= parts:
-        channel = (program - parts) * BC + tl.arange(0, BC)
-        gate = _fold_gates(wv_ptr, wi_ptr, wf_ptr, 2, channel, E, QB, HEADS, BG)
-        _store_map(map_ptr + E * BG, channel, E, gate, BG)
-    else:
-        channel = program * BC + tl.arange(0, BC)
-        gate = _fold_gates(wq_ptr, wi_ptr, wf_ptr, 0, channel, E, QB, HEADS, BG)
-        gate += _fold_gates(wk_ptr, wi_ptr, wf_ptr, 1, channel, E, QB, HEADS, BG)
-        _store_map(map_ptr, channel, E, gate, BG)
 
 
 @triton.jit(do_not_specialize=['N', 'steps'])

@@ -1,4 +1,4 @@
-"""Device code of a ViL block's backward pass at its ends: drop path, norm, and the gated output after the mLSTM cell.
+"""Device code of a ViL block's backward pass at its ends: drop path, weights, norm, the gated output after the cell.
 
 Names as in `block_norm_kernels.py`; a token is a row n of N = B * S. Sums over tokens are written per program, one row
 of partial sums each, and added up by `sum_kernel` of `block_backward_kernels.py`.
@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 
 from .block_backward_kernels import fast_sigmoid
+from .block_kernels import _fold_gates, _load_block, _store_block
 
-__all__ = ['branch_kernel', 'layer_norm_backward_kernel', 'output_backward_kernel']
+__all__ = ['layer_norm_backward_kernel', 'output_backward_kernel', 'prepare_backward_kernel']
 
 
-@triton.jit(do_not_specialize=['N', 'S', 'steps'])
-def branch_kernel(
-    dout_ptr, scale_ptr, branch_ptr, sums_ptr, N, S, D, steps,
+@triton.jit
+def _branch(
+    dout_ptr, scale_ptr, branch_ptr, sums_ptr, program, N, S, D, steps,
     SCALED: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the branch, dout times the image's drop path factor, in the branch's type; its sum over tokens."""
-    program = tl.program_id(0)
     col = tl.arange(0, BD)
     total = tl.zeros((BM, BD), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
@@ -31,6 +31,47 @@ def branch_kernel(
         total += dout
         tl.store(branch_ptr + place, dout.to(branch_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + program.to(tl.int64) * D + col, tl.sum(total, 0), mask=col < D)
+
+
+@triton.jit
+def _store_map(map_ptr, channel, E, gate, BG: tl.constexpr):
+    """Write a part's map to the gates."""
+    place = channel[:, None] * BG + tl.arange(0, BG)[None, :]
+    tl.store(map_ptr + place, gate.to(map_ptr.dtype.element_ty), mask=(channel < E)[:, None])
+
+
+@triton.jit(do_not_specialize=['N', 'S', 'steps', 'parts', 'others'])
+def prepare_backward_kernel(
+    dout_ptr, scale_ptr, branch_ptr, sums_ptr, wq_ptr, wk_ptr, wv_ptr, wi_ptr, wf_ptr, map_ptr, up_ptr, down_ptr,
+    up_copy_ptr, down_copy_ptr, up_size, down_size, parts, others, E, N, S, D, steps, QB: tl.constexpr,
+    HEADS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gates as linear maps of c and of a, through q, k and v: (2, E, BG); copies of weights; the branch's gradient.
+
+    Two programs for each part of BC channels, `others` in all with those that copy the outer projections' weights in
+    the activations' dtype; the rest take dout through the drop path and do not wait for that.
+    """
+    program = tl.program_id(0)
+    if program >= others:
+        _branch(
+            dout_ptr, scale_ptr, branch_ptr, sums_ptr, program - others, N, S, D, steps, SCALED, BM, BD, STAGES
+        )  # fmt: skip
+    elif program >= 2 * parts:
+        first = (program - 2 * parts) * BLOCK
+        up = _load_block(up_ptr, first, up_size, BLOCK)
+        down = _load_block(down_ptr, first, down_size, BLOCK)
+        _store_block(up_copy_ptr, first, up_size, up, BLOCK)
+        _store_block(down_copy_ptr, first, down_size, down, BLOCK)
+    elif program >= parts:
+        channel = (program - parts) * BC + tl.arange(0, BC)
+        gate = _fold_gates(wv_ptr, wi_ptr, wf_ptr, 2, channel, E, QB, HEADS, BG)
+        _store_map(map_ptr + E * BG, channel, E, gate, BG)
+    else:
+        channel = program * BC + tl.arange(0, BC)
+        gate = _fold_gates(wq_ptr, wi_ptr, wf_ptr, 0, channel, E, QB, HEADS, BG)
+        gate += _fold_gates(wk_ptr, wi_ptr, wf_ptr, 1, channel, E, QB, HEADS, BG)
+        _store_map(map_ptr, channel, E, gate, BG)
 
 
 @triton.jit(do_not_specialize=['N', 'steps'])

@@ -28,6 +28,7 @@ WEIGHTS = (
 Without norm_w the operators run the inner part alone, without norm, drop path and residual. The launchers give the
 gates' gradients as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above the forget gates.
 """
+ABSENT = dict.fromkeys(WEIGHTS)
 GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
 
 
@@ -53,7 +54,7 @@ def _cell(shape: object) -> ModuleType:
 
 def _by_name(weights: Sequence[Tensor], names: str) -> dict[str, Tensor | None]:
     """All of `WEIGHTS`, None for those that the block does not have."""
-    return {**dict.fromkeys(WEIGHTS), **dict(zip(names.split(), weights, strict=True))}
+    return {**ABSENT, **dict(zip(names.split(), weights, strict=True))}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -238,24 +239,23 @@ class _EagerBlock(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        names: str,
+        names: tuple[str, ...],
         scale: Tensor | None,
         sizes: tuple,
         dtype: torch.dtype,
         *weights: Tensor,
     ) -> Tensor:
-        named = _by_name(weights, names)
-        out, *saved = _forward(x, named, scale, *sizes, dtype)
-        ctx.names, ctx.sizes, ctx.kept = names.split(), sizes, list(named)
-        ctx.save_for_backward(x, scale, *named.values(), *saved)
+        out, *saved = _forward(x, {**ABSENT, **dict(zip(names, weights, strict=True))}, scale, *sizes, dtype)
+        ctx.names, ctx.sizes = names, sizes
+        ctx.save_for_backward(x, scale, *weights, *saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, *rest = ctx.saved_tensors
-        named = dict(zip(ctx.kept, rest, strict=False))
-        dx, gradients = _backward(dout, x, named, scale, rest[len(named) :], *ctx.sizes)
+        named = {**ABSENT, **dict(zip(ctx.names, rest, strict=False))}
+        dx, gradients = _backward(dout, x, named, scale, rest[len(ctx.names) :], *ctx.sizes)
         found = [
             _like(gradients[name], named[name]) if wanted else None
             for name, wanted in zip(ctx.names, ctx.needs_input_grad[5:], strict=True)
@@ -293,10 +293,10 @@ def fused_block(
     Returns:
         (B, S, D).
     """
-    x, names, tensors = x.contiguous(), ' '.join(weights), list(weights.values())
+    x, tensors = x.contiguous(), list(weights.values())
     sizes = (*grid, heads, reverse)
     if not operators_may_be_skipped(x, *tensors):
-        return torch.ops.mmvil.vil_block_fwd(x, tensors, names, scale, *sizes, dtype)[0]
+        return torch.ops.mmvil.vil_block_fwd(x, tensors, ' '.join(weights), scale, *sizes, dtype)[0]
     if torch.is_grad_enabled():
-        return _EagerBlock.apply(x, names, scale, sizes, dtype, *tensors)
-    return _forward(x, _by_name(tensors, names), scale, *sizes, dtype, keep=False)[0]
+        return _EagerBlock.apply(x, tuple(weights), scale, sizes, dtype, *tensors)
+    return _forward(x, {**ABSENT, **weights}, scale, *sizes, dtype, keep=False)[0]

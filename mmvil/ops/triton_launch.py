@@ -168,8 +168,8 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def row_alignment(*tensors: Tensor) -> int:
     """Largest of 8, 4, 2, 1 elements that divides every row start's offset, so that loads can be wide."""
-    shared = math.gcd(*(stride for x in tensors for stride in x.stride()[:-1]), 8)
-    return shared
+    kinds = {x.stride()[:-1] for x in tensors}  # tensors of a launch mostly have the same strides
+    return math.gcd(8, *[stride for strides in kinds for stride in strides])
 
 
 def row_strides(alignment: int, *tensors: Tensor) -> list[int]:
@@ -201,6 +201,13 @@ def fitting_tiles(
     return [tiles for tiles in candidates[:-1] if bytes_needed(tiles) <= limits.shared_memory] + [candidates[-1]]
 
 
+def _out_of_resources() -> type[Exception]:
+    """Triton's exception for kernels that need more than the card has; importing it takes time at each launch."""
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
+
+
 def launch_first_fitting(candidates: Sequence[Tiles], launch: Callable[[Tiles], object]) -> Tiles:
     """Run a launch with the first tile settings that the compiled kernel's real needs allow.
 
@@ -214,12 +221,10 @@ def launch_first_fitting(candidates: Sequence[Tiles], launch: Callable[[Tiles], 
     Raises:
         triton.runtime.errors.OutOfResources: Not even the last settings fit.
     """
-    from triton.runtime.errors import OutOfResources
-
     for tiles in candidates[:-1]:
         try:
             launch(tiles)
-        except OutOfResources:
+        except _out_of_resources():  # evaluated only if the launch raises
             continue
         return tiles
     launch(candidates[-1])
