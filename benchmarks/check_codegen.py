@@ -1,4 +1,4 @@
-"""Compile the mLSTM kernels for a GPU that need not be there, and look at the machine code.
+"""Compile the mLSTM kernels and those of whole blocks for a GPU that need not be there, and look at the machine code.
 
 Prints registers, spills and shared memory of every kernel and tile setting of a head size and dtype, and fails if one
 does not compile, needs more shared memory than the card has, or multiplies matrices whose descriptor was never set up:
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,10 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.runtime.jit import JITFunction
 
 from mmvil.ops import triton_chunkwise, triton_quadratic
-from mmvil.ops.triton_launch import DeviceLimits, head_pieces
+from mmvil.ops.block_op import WEIGHTS
+from mmvil.ops.triton_launch import DeviceLimits, Tiles, head_pieces
 
+FORMS = ('chunkwise', 'quadratic', 'block')
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
 INSTRUCTION = re.compile(r'^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\S+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);')
 REGISTER = re.compile(r'^(U?R)(\d+)$')
@@ -220,7 +222,10 @@ def compile_only(capability: int, problems: list[str]) -> Callable:
     def subscript(self: JITFunction, grid: tuple) -> Callable:
         def compile_and_report(*arguments: object, **constants: object) -> None:
             name = ' '.join(
-                [self.fn.__name__, *(f'{k}={constants[k]}' for k in ('PRODUCT', 'BACKWARD') if k in constants)]
+                [
+                    self.fn.__name__,
+                    *(f'{k}={constants[k]}' for k in ('PRODUCT', 'BACKWARD', 'FOLDED') if k in constants),
+                ]
             )
             kernel = self.warmup(*arguments, grid=grid, **constants)
             kernel = kernel.result() if hasattr(kernel, 'result') else kernel
@@ -267,13 +272,35 @@ def compile_quadratic(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits
                 triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, key_tiles=tiles, joint=joint)
 
 
+def compile_block(dim: int, dtype: torch.dtype) -> None:
+    """Compile a ViL block with heads of this size: both convolutions, inference and training, every tile setting."""
+    from mmvil.models import ViLBlock
+    from mmvil.models.fused import fused_weights
+    from mmvil.ops import block, block_backward
+
+    def launch_all(candidates: Sequence[Tiles], launch: Callable[[Tiles], object]) -> None:
+        for tiles in candidates:
+            launch(tiles)
+
+    block.launch_first_fitting = launch_all
+    x = torch.empty(1, 196, 2 * dim)
+    for options in ({}, {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False, 'norm_bias': False}):
+        print(f' block {options}')
+        module = ViLBlock(2 * dim, **options)
+        weights = {**dict.fromkeys(WEIGHTS), **fused_weights(module)}
+        shape = block.BlockShape(1, (14, 14), 4, 4 * dim, 4, not options, False)
+        block.block_forward(shape, triton_quadratic, x, weights, dtype, None, keep=False)
+        out, *saved, statistics = block.block_forward(shape, triton_quadratic, x, weights, dtype, None)
+        block_backward.block_backward(shape, triton_quadratic, out, x, *saved, statistics, weights, None)
+
+
 def main() -> int:
     """Compile everything that was asked for; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--capability', type=int, default=90, choices=sorted(SHARED_MEMORY))
     parser.add_argument('--dims', type=int, nargs='+', default=[96, 192, 384])
     parser.add_argument('--dtypes', nargs='+', default=['bfloat16'], choices=['bfloat16', 'float16', 'float32'])
-    parser.add_argument('--forms', nargs='+', default=['chunkwise', 'quadratic'], choices=['chunkwise', 'quadratic'])
+    parser.add_argument('--forms', nargs='+', default=list(FORMS), choices=FORMS)
     options = parser.parse_args()
     triton.runtime.driver.set_active(AbsentDevice(options.capability))
     problems: list[str] = []
@@ -289,6 +316,8 @@ def main() -> int:
                 compile_chunkwise(inputs, dh, limits)
             if 'quadratic' in options.forms:
                 compile_quadratic(inputs, dh, limits)
+            if 'block' in options.forms:
+                compile_block(dim, dtype)
     print('\n'.join(problems) or 'nothing found')
     return 1 if problems else 0
 

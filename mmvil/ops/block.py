@@ -57,6 +57,9 @@ LOWERED = ('up_w', 'up_b', 'down_w')
 # H100 it was faster than cuBLAS and an addition at D = 192 and 384, slower at 768.
 DOWN_TILES = (Tiles(64, 128, 4, 4), Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
 DOWN_MAX_DIMS = 512
+# The same of the norm and up-projection in one kernel. Its rows stay in registers, which hold 192 channels, not 384.
+UP_TILES = (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1))
+UP_MAX_DIMS = 192
 # Elements or tokens of a tile, warps; 'mix_rows' are the steps of a mixing program over a grid and over a sequence.
 SETTINGS = {
     'norm': (4096, 4),
@@ -118,60 +121,108 @@ class MixWeights:
     Attributes:
         constant: (parts * BG) float32, what the projections' biases add to the gates.
         taps: (taps * E) float32, the convolution's weights, turned for the reading direction.
+        folded: (3 * E) float32, what the biases of q and k become where keys and values do not exist, else empty.
         matrices: (E / 32, 3, 32, 32), the projections.
         gate_matrices: (E / 32, 2, 32, BG), maps from c and a to the gates.
     """
 
     constant: Tensor
     taps: Tensor
+    folded: Tensor
     matrices: Tensor
     gate_matrices: Tensor
 
 
 def _prepare(
-    shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype
+    shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype, folded: bool
 ) -> tuple[MixWeights, dict[str, Tensor | None], Tensor]:
-    """What `_mix` reads, the outer projections' weights in dtype and the normalised rows of x, all by one kernel."""
+    """What `_mix` reads, the outer projections' weights in dtype and the up-projection's input, all by one kernel.
+
+    That input are the normalised rows of x, or x itself if the norm is the next kernel's business.
+    """
     parts, gates = ceil_div(shape.inner, MIX_CHANNELS), gate_width(shape)
     taps = weights['conv_w'][0].numel()
     found = {name: weights[name] for name in LOWERED}
     lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
     sizes = {name: lowered[name].numel() if name in lowered else 0 for name in LOWERED}
-    exact = weights['wq'].new_empty(parts * gates + taps * shape.inner, dtype=torch.float32)
-    constant, turned = exact.split_with_sizes([parts * gates, taps * shape.inner])
+    exact_sizes = [parts * gates, taps * shape.inner, 3 * shape.inner if folded else 0]
+    exact = weights['wq'].new_empty(sum(exact_sizes), dtype=torch.float32)
+    constant, turned, scores = exact.split_with_sizes(exact_sizes)
     low = exact.new_empty(parts * MIX_CHANNELS * (3 * MIX_CHANNELS + 2 * gates) + sum(sizes.values()), dtype=dtype)
     matrices, gate_matrices, *copies = low.split_with_sizes(
         [parts * 3 * MIX_CHANNELS**2, parts * 2 * MIX_CHANNELS * gates, *sizes.values()]
     )
     rows, (count, dims) = x.flatten(0, 1), (shape.batch * shape.tokens, x.shape[2])
     norm, bias = weights['norm_w'], weights['norm_b']
-    normalised = rows.to(dtype) if norm is None else torch.empty_like(rows, dtype=dtype)
+    if norm is None:
+        normalised = rows.to(dtype)
+    elif _norm_is_fused(dtype, dims):
+        norm, normalised = None, rows
+    else:
+        normalised = torch.empty_like(rows, dtype=dtype)
     width = next_power_of_two(dims)
     height = max(1, SETTINGS['norm'][0] // width)
     others = 3 * parts + ceil_div(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(others + (0 if norm is None else ceil_div(count, height)),)](
         weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wi'], weights['wf'],
-        weights['conv_w'], constant, turned, matrices, gate_matrices, *(lowered.get(name, matrices) for name in sizes),
-        *copies, rows, rows if norm is None else norm, rows if bias is None else bias, normalised, *sizes.values(),
-        parts, others, shape.inner, count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, QB=shape.block,
-        HEADS=shape.heads, HAS_BIAS=weights['bq'] is not None, NORM_BIAS=bias is not None, BC=MIX_CHANNELS, BG=gates,
-        BLOCK=COPY_BLOCK, BM=height, BD=width, num_warps=SETTINGS['norm'][1],
+        weights['conv_w'], constant, turned, scores, matrices, gate_matrices,
+        *(lowered.get(name, matrices) for name in sizes), *copies, rows, rows if norm is None else norm,
+        rows if bias is None else bias, normalised, *sizes.values(), parts, others, shape.inner,
+        count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, FOLDED=folded, QB=shape.block, HEADS=shape.heads,
+        HAS_BIAS=weights['bq'] is not None, NORM_BIAS=bias is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK,
+        BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
-    return MixWeights(constant, turned, matrices, gate_matrices), found, normalised
+    return MixWeights(constant, turned, scores, matrices, gate_matrices), found, normalised
 
 
-def _mix(shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
-    """The convolution's output, q, k, v (B, S, E) and shares (parts, B * S, 2 NH) of the gates."""
+def _norm_is_fused(dtype: torch.dtype, dims: int) -> bool:
+    """Whether norm and up-projection are one kernel."""
+    return dtype != torch.float32 and dims <= UP_MAX_DIMS
+
+
+def _up(
+    rows: Tensor, lowered: dict[str, Tensor | None], weights: dict[str, Tensor | None], dtype: torch.dtype
+) -> Tensor:
+    """Up-projection of what `_prepare` gives, (N, 2 E)."""
+    weight, bias, norm, norm_bias = lowered['up_w'], lowered['up_b'], weights['norm_w'], weights['norm_b']
+    count, dims = rows.shape
+    if norm is None or not _norm_is_fused(dtype, dims):
+        return F.linear(rows, weight, bias)
+    wide = weight.shape[0]
+    out = rows.new_empty(count, wide, dtype=dtype)
+    first, second = head_pieces(dims)
+
+    def launch(tiles: Tiles) -> object:
+        return gemm_kernels.up_kernel[(ceil_div(count, tiles.rows),)](
+            rows, norm, norm if norm_bias is None else norm_bias, weight, weight if bias is None else bias, out, count,
+            wide, dims, NORM_EPS, NORM_BIAS=norm_bias is not None, HAS_BIAS=bias is not None,
+            EVEN=first + second == dims and wide % tiles.columns == 0, DA=first, DB=second, BM=tiles.rows,
+            BN=tiles.columns, PRECISION='ieee', **tiles.options(),
+        )  # fmt: skip
+
+    launch_first_fitting(UP_TILES, launch)
+    return out
+
+
+def _mix(
+    shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None], folded: bool
+) -> tuple[Tensor, ...]:
+    """The convolution's output, q, k, v (B, S, E) and shares (parts, B * S, 2 NH) of the gates.
+
+    Folded: c, Wk^T q, c again, a.
+    """
     parts, gates = ceil_div(shape.inner, MIX_CHANNELS), 2 * shape.heads
-    pre, q, k, v = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(4))
+    pre, q = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(2))
+    k, v = (pre, a) if folded else (torch.empty_like(pre) for _ in range(2))
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
+    biases = [mix.folded] * 3 if folded else qkv_biases(weights)
     tensors = (
-        a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices,
-        *qkv_biases(weights), pre, q, k, v, shares, shape.batch, shape.tokens,
+        a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices, *biases,
+        pre, q, k, v, shares, shape.batch, shape.tokens,
     )  # fmt: skip
     options = {
-        'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
+        'FOLDED': folded, 'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
         'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
         'BG': gate_width(shape), 'num_warps': 1, 'num_stages': 1,
     }  # fmt: skip
@@ -238,7 +289,7 @@ def _output(shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, weights: dict[
 
 def _gated_cell(
     shape: BlockShape, q: Tensor, k: Tensor, v: Tensor, pre: Tensor, z: Tensor, stats: Tensor,
-    weights: dict[str, Tensor | None], keep: bool,
+    mix: MixWeights, weights: dict[str, Tensor | None], keep: bool, folded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (B, S, E), and h (B, NH, S, DH) if it is kept, else nothing of meaning."""
     tokens, heads, inner = shape.tokens, shape.heads, shape.inner
@@ -247,7 +298,8 @@ def _gated_cell(
     h = torch.empty_like(pre) if keep else y
     alignment = math.gcd(dim, 8)
     strides = [stride // alignment for stride in (tokens * inner, dim, inner)]
-    z_strides = [stride // alignment for stride in (z.stride(0), dim, z.stride(1))]
+    wide = [stride // alignment for stride in (z.stride(0), dim, z.stride(1))]  # of the up-projection's halves
+    v_strides = wide if folded else strides
     pitch = stats.shape[-1] // triton_quadratic.BLOCK
     bias = weights['head_b']
     first, second = head_pieces(dim)
@@ -256,8 +308,9 @@ def _gated_cell(
     def launch(tiles: Tiles) -> object:
         return cell_kernels.gated_forward_kernel[(shape.batch * heads * ceil_div(tokens, tiles.rows),)](
             q, k, v, h, pre, z, y, weights['head_w'], weights['head_w'] if bias is None else bias, weights['skip'],
-            stats, *strides, *strides, *strides, *strides, *strides, *z_strides, *strides, tokens, heads, pitch,
-            shape.batch * heads * pitch, int(shape.reverse), log_scale(dim), CELL_EPS, NORM_EPS,
+            mix.folded, weights['wv'], qkv_biases(weights)[2], stats, *strides, *strides, *v_strides, *strides,
+            *strides, *wide, *strides, tokens, heads, pitch, shape.batch * heads * pitch, int(shape.reverse),
+            log_scale(dim), CELL_EPS, NORM_EPS, FOLDED=folded, QKV_BIAS=weights['bq'] is not None,
             HAS_BIAS=bias is not None, DH=dim, DA=first, DB=second, BD=width, BM=tiles.rows, BN=tiles.columns,
             BG=max(1, min(16, GATED_TILE // width)), STAGES=GATED_STAGES[width > 128], SMALL=tiles.small,
             ALIGN=alignment, PRECISION=dot_precision(q.dtype), **tiles.options(),
@@ -266,6 +319,12 @@ def _gated_cell(
     limits = device_limits(q.device)
     launch_first_fitting(triton_quadratic.tile_candidates('forward', dim, q.element_size(), limits), launch)
     return y, as_heads(h, heads)
+
+
+def _folds(shape: BlockShape, cell: ModuleType) -> bool:
+    """Whether the cell can run on c and a, without keys and values, where there is no backward pass."""
+    is_block = shape.block == block_cell_kernels.FOLDED_BLOCK.value
+    return cell is triton_quadratic and is_block and shape.inner // shape.heads % shape.block == 0
 
 
 def block_forward(
@@ -292,17 +351,17 @@ def block_forward(
         The new residual stream (of the inner part: its output in dtype), and for the backward pass: u (B, S, 2E), gates
         (2, B, NH, S), h, the convolution's output, k, v (B, S, E), the cell's statistics.
     """
-    mix, lowered, normalised = _prepare(shape, x, weights, dtype)
-    u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
-    u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
+    folded = not keep and _folds(shape, cell)
+    mix, lowered, rows = _prepare(shape, x, weights, dtype, folded)
+    u = _up(rows, lowered, weights, dtype).view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
-    pre, q, k, v, shares = _mix(shape, a, mix, weights)
+    pre, q, k, v, shares = _mix(shape, a, mix, weights, folded)
     heads = [as_heads(t, shape.heads) for t in (q, k, v)]
     gates, stats = _gates(shape, cell, heads[0], shares, mix.constant, weights)
     if cell is triton_quadratic and pre.numel():
         if stats is None:
             stats = triton_quadratic.scan_gates(heads[0], gates[0], gates[1], shape.reverse)
-        y, h = _gated_cell(shape, q, k, v, pre, z, stats, weights, keep)
+        y, h = _gated_cell(shape, q, k, v, pre, z, stats, mix, weights, keep, folded)
         statistics = (stats,)
     else:
         h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS)

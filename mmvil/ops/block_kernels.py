@@ -72,13 +72,27 @@ def _store_block(ptr, first, size, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_matrix(matrix_ptr, part, which: tl.constexpr, w_ptr, E, QB: tl.constexpr, BC: tl.constexpr):
-    """Write one projection's matrix of a part in the order of `block_mix_kernels`."""
+def _folded_matrix(wq_ptr, wk_ptr, first, E, QB: tl.constexpr, BC: tl.constexpr):
+    """Block-diagonal (BC, BC) matrix Wk^T Wq, [in, out]."""
+    i = tl.arange(0, BC)[:, None]
+    o = tl.arange(0, BC)[None, :]
+    total = tl.zeros((BC, BC), tl.float32)
+    for j in tl.static_range(QB):
+        from_i, from_o = first + i // QB * QB + j, first + o // QB * QB + j
+        wq = tl.load(wq_ptr + from_i * QB + i % QB, mask=from_i < E, other=0.0).to(tl.float32)
+        wk = tl.load(wk_ptr + from_o * QB + o % QB, mask=from_o < E, other=0.0).to(tl.float32)
+        total += tl.where(i // QB == o // QB, wq * wk, 0.0)
+    return total
+
+
+@triton.jit
+def _store_matrix(matrix_ptr, part, which: tl.constexpr, matrix, BC: tl.constexpr):
+    """Write a matrix of a part in the order of `block_mix_kernels`."""
     i = tl.arange(0, BC)
     row = i // 4 % 2 * 16 + i // 8 % 4 * 4 + i % 4
     column = i // 4 % 2 * 16 + i // 2 % 2 * 8 + i // 8 % 4 * 2 + i % 2
     place = ((part * 3 + which) * BC * BC + row * BC)[:, None] + column[None, :]
-    tl.store(matrix_ptr + place, _block_matrix(w_ptr, part * BC, E, QB, BC).to(matrix_ptr.dtype.element_ty))
+    tl.store(matrix_ptr + place, matrix.to(matrix_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -95,6 +109,31 @@ def _bias_share(b_ptr, wi_ptr, wf_ptr, which: tl.constexpr, channel, E, HEADS: t
     """What one projection's bias adds to the gates, per channel, (BC, BG)."""
     bias = tl.load(b_ptr + channel, mask=channel < E, other=0.0).to(tl.float32)
     return bias[:, None] * _gate_matrix(wi_ptr, wf_ptr, which, channel, E, HEADS, BG)
+
+
+@triton.jit
+def _turned_bias(w_ptr, b_ptr, channel, E, QB: tl.constexpr):
+    """Transposed blocks of one projection times another one's bias, per channel."""
+    total = tl.zeros(channel.shape, tl.float32)
+    for j in tl.static_range(QB):
+        out = channel // QB * QB + j
+        w = tl.load(w_ptr + out * QB + channel % QB, mask=out < E, other=0.0).to(tl.float32)
+        total += w * tl.load(b_ptr + out, mask=out < E, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _store_folded(
+    part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Write a part of Wk^T bq, Wq^T bk and bq bk, the biases' shares of the scores; (3, E)."""
+    channel = part * BC + tl.arange(0, BC)
+    exists = channel < E
+    bq = tl.load(bq_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    bk = tl.load(bk_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    tl.store(folded_ptr + channel, _turned_bias(wk_ptr, bq_ptr, channel, E, QB), mask=exists)
+    tl.store(folded_ptr + E + channel, _turned_bias(wq_ptr, bk_ptr, channel, E, QB), mask=exists)
+    tl.store(folded_ptr + 2 * E + channel, bq * bk, mask=exists)
 
 
 @triton.jit
@@ -119,12 +158,12 @@ def _store_exact(
 
 @triton.jit(do_not_specialize=['rows', 'parts', 'others'])
 def prepare_kernel(
-    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr,
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, folded_ptr,
     matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr, down_w_copy_ptr,
     x_ptr, norm_w_ptr, norm_b_ptr, out_ptr, up_w_size, up_b_size, down_w_size, parts, others, E, rows, D, eps,
-    TAPS: tl.constexpr, REVERSE: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NORM_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
-    BD: tl.constexpr,
+    TAPS: tl.constexpr, REVERSE: tl.constexpr, FOLDED: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORM_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Weights as the other kernels read them, and the norm, which does not depend on that and hides how long it takes.
 
@@ -132,8 +171,9 @@ def prepare_kernel(
     these in c and a: gate_matrix (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what
     the projections' biases add. Rows and columns are in the order that `block_mix_kernels` reads, BC is 32. taps
     (TAPS, E): the convolution's weights, turned for the reading direction. The copies of the outer projections' weights
-    are in the activations' dtype. Three programs for each part of BC channels, `others` in all with those that copy;
-    the rest normalise BM rows of D each.
+    are in the activations' dtype. FOLDED: the first of the three matrices is Wk^T Wq, the others are not written, and
+    folded is what `_store_folded` says. Three programs for each part of BC channels, `others` in all with those that
+    copy; the rest normalise BM rows of D each.
     """
     program = tl.program_id(0)
     if program >= others:
@@ -147,20 +187,28 @@ def prepare_kernel(
         _store_block(up_b_copy_ptr, first, up_b_size, up_b, BLOCK)
         _store_block(down_w_copy_ptr, first, down_w_size, down_w, BLOCK)
     elif program >= 2 * parts:
+        part = program - 2 * parts
         _store_exact(
-            program - 2 * parts, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS,
-            REVERSE, HEADS, HAS_BIAS, BC, BG,
+            part, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS, REVERSE, HEADS,
+            HAS_BIAS, BC, BG,
         )  # fmt: skip
+        if FOLDED and HAS_BIAS:
+            _store_folded(part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB, BC)
     elif program >= parts:
         part = program - parts
         channel = part * BC + tl.arange(0, BC)
         gate = _fold_gates(wv_ptr, wi_ptr, wf_ptr, 2, channel, E, QB, HEADS, BG)
-        _store_matrix(matrix_ptr, part, 2, wv_ptr, E, QB, BC)
+        if not FOLDED:
+            _store_matrix(matrix_ptr, part, 2, _block_matrix(wv_ptr, part * BC, E, QB, BC), BC)
         _store_gate_matrix(gate_matrix_ptr, part, 1, gate, BC, BG)
     else:
         channel = program * BC + tl.arange(0, BC)
         gate = _fold_gates(wq_ptr, wi_ptr, wf_ptr, 0, channel, E, QB, HEADS, BG)
         gate += _fold_gates(wk_ptr, wi_ptr, wf_ptr, 1, channel, E, QB, HEADS, BG)
-        _store_matrix(matrix_ptr, program, 0, wq_ptr, E, QB, BC)
-        _store_matrix(matrix_ptr, program, 1, wk_ptr, E, QB, BC)
+        first = program * BC
+        if FOLDED:
+            _store_matrix(matrix_ptr, program, 0, _folded_matrix(wq_ptr, wk_ptr, first, E, QB, BC), BC)
+        else:
+            _store_matrix(matrix_ptr, program, 0, _block_matrix(wq_ptr, first, E, QB, BC), BC)
+            _store_matrix(matrix_ptr, program, 1, _block_matrix(wk_ptr, first, E, QB, BC), BC)
         _store_gate_matrix(gate_matrix_ptr, program, 0, gate, BC, BG)

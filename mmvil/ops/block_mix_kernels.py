@@ -94,9 +94,13 @@ def _matrix(ptr, part, which: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.conste
 
 
 @triton.jit
-def _matrices(ptr, part, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    """`_matrix` of all three projections."""
-    return _matrix(ptr, part, 0, FIRST, SIZE), _matrix(ptr, part, 1, FIRST, SIZE), _matrix(ptr, part, 2, FIRST, SIZE)
+def _matrices(ptr, part, FIRST: tl.constexpr, SIZE: tl.constexpr, FOLDED: tl.constexpr):
+    """`_matrix` of all three projections, or of the only one where they are folded."""
+    first = _matrix(ptr, part, 0, FIRST, SIZE)
+    second, third = first, first
+    if not FOLDED:
+        second, third = _matrix(ptr, part, 1, FIRST, SIZE), _matrix(ptr, part, 2, FIRST, SIZE)
+    return first, second, third
 
 
 @triton.jit
@@ -137,18 +141,23 @@ def _put(ptr, place, E, even, odd, has_even, has_odd):
 def _emit(
     pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, part, tokens,
     matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S."""
+    """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S.
+
+    FOLDED: c takes the place of pre, and of the projections there is one, Wk^T (Wq c + bq).
+    """
     dtype = pre_ptr.dtype.element_ty
     inside = _inside(channel, E, EVEN)
     has_even, has_odd = live_even[:, None] & inside, live_odd[:, None] & inside
     place = token[:, None] * E + channel[None, :]
-    pre_even, pre_odd = pre_even.to(dtype), pre_odd.to(dtype)
-    _put(pre_ptr, place, E, pre_even, pre_odd, has_even, has_odd)
-    # c is that of the rounded value, which is all that the other kernels know
+    if not FOLDED:  # c is that of the rounded value, which is all that the other kernels know
+        pre_even, pre_odd = pre_even.to(dtype), pre_odd.to(dtype)
+        _put(pre_ptr, place, E, pre_even, pre_odd, has_even, has_odd)
     c_even, c_odd = _silu(pre_even.to(tl.float32)).to(dtype), _silu(pre_odd.to(tl.float32)).to(dtype)
+    if FOLDED:
+        _put(pre_ptr, place, E, c_even, c_odd, has_even, has_odd)
     c, a = _stack(c_even, c_odd, PAIRS), _stack(a_even, a_odd, PAIRS)
     c_rows, a_rows = _as_rows(c, 2 * PAIRS), _as_rows(a, 2 * PAIRS)
     c_low, c_high = _halves(c, 2 * PAIRS)
@@ -159,14 +168,15 @@ def _emit(
         c_rows, c_low, c_high, mq, mq_high, bq_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
     )
     _put(q_ptr, place, E, q_even, q_odd, has_even, has_odd)
-    k_even, k_odd = _project(
-        c_rows, c_low, c_high, mk, mk_high, bk_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
-    )
-    _put(k_ptr, place, E, k_even, k_odd, has_even, has_odd)
-    v_even, v_odd = _project(
-        a_rows, a_low, a_high, mv, mv_high, bv_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
-    )
-    _put(v_ptr, place, E, v_even, v_odd, has_even, has_odd)
+    if not FOLDED:
+        k_even, k_odd = _project(
+            c_rows, c_low, c_high, mk, mk_high, bk_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
+        )
+        _put(k_ptr, place, E, k_even, k_odd, has_even, has_odd)
+        v_even, v_odd = _project(
+            a_rows, a_low, a_high, mv, mv_high, bv_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
+        )
+        _put(v_ptr, place, E, v_even, v_odd, has_even, has_odd)
     from_c, from_a = gate_matrices
     gate = tl.dot(c_rows, from_c, input_precision=PRECISION)
     gate = tl.dot(a_rows, from_a, gate, input_precision=PRECISION)
@@ -197,12 +207,12 @@ def _load_line(line, a_row, has0, has1, has2, has3):
 def mix2d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, parts,
-    GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates.
 
-    Shares are (parts, B * S, GATES).
+    Shares are (parts, B * S, GATES). FOLDED: only c, in place of pre, Wk^T (Wq c + bq) in place of q, and the shares.
     A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Grid: strips * parts.
     """
     part = tl.program_id(0) % parts
@@ -217,10 +227,10 @@ def mix2d_kernel(
     has0, has1 = (live & (col > 0))[:, None] & inside, live[:, None] & inside
     has2, has3 = live_odd[:, None] & inside, (live & (col + 2 < GW))[:, None] & inside
     SIZE: tl.constexpr = WIDTH // 2 if SPLIT else WIDTH
-    matrices = _matrices(matrix_ptr, part, 0, SIZE)
+    matrices = _matrices(matrix_ptr, part, 0, SIZE, FOLDED)
     matrices_high = matrices
     if SPLIT:
-        matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
+        matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE, FOLDED)
     gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
     w0 = _per_channel(conv_ptr, channel, E, EVEN, PAIRS)
     w1 = _per_channel(conv_ptr + E, channel, E, EVEN, PAIRS)
@@ -261,7 +271,7 @@ def mix2d_kernel(
         _emit(
             pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, part, B.to(tl.int64) * S,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         a_even, a_odd = new_even, new_odd
         token += GW
@@ -283,7 +293,7 @@ def _load_five(line, a_row, t, inside, S):
 def mix1d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, ROWS, blocks, parts,
-    REVERSE: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    REVERSE: tl.constexpr, FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs of tokens."""
@@ -293,10 +303,10 @@ def mix1d_kernel(
     channel = part * WIDTH + tl.arange(0, WIDTH)
     inside = _inside(channel, E, EVEN)
     SIZE: tl.constexpr = WIDTH // 2 if SPLIT else WIDTH
-    matrices = _matrices(matrix_ptr, part, 0, SIZE)
+    matrices = _matrices(matrix_ptr, part, 0, SIZE, FOLDED)
     matrices_high = matrices
     if SPLIT:
-        matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE)
+        matrices_high = _matrices(matrix_ptr, part, SIZE, SIZE, FOLDED)
     gate_matrices = (_gate_matrix(gate_matrix_ptr, part, 0, BG), _gate_matrix(gate_matrix_ptr, part, 1, BG))
     w0 = _per_channel(conv_ptr, channel, E, EVEN, PAIRS)
     w1 = _per_channel(conv_ptr + E, channel, E, EVEN, PAIRS)
@@ -321,6 +331,6 @@ def mix1d_kernel(
         _emit(
             pre_even, pre_odd, a_even, a_odd, batch * S + t, t < S, t + 1 < S, channel, part, B.to(tl.int64) * S,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         t += 2 * PAIRS

@@ -197,12 +197,12 @@ def row_dot(x_a, x_b, y_a, y_b, DB: tl.constexpr):
 @triton.jit
 def gather_rows(
     x_a, x_b, e, y, y_step, z, z_step, stats, plane, S, first, log_scale,
-    WITH_E: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
+    WITH_E: tl.constexpr, WITH_SUM: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sum_{j <= i} (x_i.y_j + e_i) scale exp2(g_j - M_i) z_j for i in [first, first + BM), and the sum of the weights.
 
-    stats points at the head's row. Returns pieces (BM, DA), (BM, DB) and, without e, the row sums (BM,).
+    stats points at the head's row. Returns pieces (BM, DA), (BM, DB) and, if wanted, the row sums (BM,).
     """
     i = first + tl.arange(0, BM)
     top_hi = tl.load(stats + M_HI * plane + i, mask=i < S, other=0.0)
@@ -231,7 +231,7 @@ def gather_rows(
         if WITH_E:
             p += e[:, None]
         p = tl.where((i - start)[:, None] >= tl.arange(0, BN)[None, :], p * tl.exp2(weight), 0.0)
-        if not WITH_E:
+        if WITH_SUM:
             row_sum += tl.sum(p, 1)
         acc_a, acc_b = add_dot(p, z_a, z_b, acc_a, acc_b, DB, PRECISION)
     return acc_a, acc_b, row_sum
@@ -239,22 +239,25 @@ def gather_rows(
 
 @triton.jit
 def hidden_rows(
-    q, q_step, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps,
+    q, q_step, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, WITH_E: tl.constexpr,
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h_i = num_i / (max(|n_i|, exp(-m_i)) + eps) for BM rows, in two pieces; exp(-m) = inf gives 0. Writes n."""
+    """h_i = num_i / (max(|n_i|, exp(-m_i)) + eps) for BM rows, in two pieces; exp(-m) = inf gives 0.
+
+    e_i is added to each of the row's products q_i.k_j. Returns also n_i and one over the denominator.
+    """
     i = first + tl.arange(0, BM)
     q_a, q_b = load_rows(q, q_step, i, S, DH, DA, DB)
     m = tl.load(stats + STABILISER * plane + i, mask=i < S, other=0.0)
     acc_a, acc_b, n = gather_rows(
-        q_a, q_b, 0.0, k, k_step, v, v_step, stats, plane, S, first, log_scale, False, DH, DA, DB, BM, BN, PRECISION
-    )
+        q_a, q_b, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, WITH_E, True, DH, DA, DB, BM, BN,
+        PRECISION,
+    )  # fmt: skip
     inverse = 1.0 / (tl.maximum(tl.abs(n), tl.exp(-m)) + eps)
-    tl.store(stats + NORMALISER * plane + i, n, mask=i < S)
     acc_a *= inverse[:, None]
     if DB > 0:
         acc_b *= inverse[:, None]
-    return acc_a, acc_b
+    return acc_a, acc_b, n, inverse
 
 
 @triton.jit
@@ -262,11 +265,14 @@ def forward_tile(
     q, q_step, k, k_step, v, v_step, h, h_step, stats, plane, S, first, log_scale, eps,
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`hidden_rows`, written to h."""
-    h_a, h_b = hidden_rows(
-        q, q_step, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, DH, DA, DB, BM, BN, PRECISION
-    )
-    store_rows(h, h_step, first + tl.arange(0, BM), S, h_a, h_b, DH, DA, DB)
+    """`hidden_rows`, written to h, and n."""
+    h_a, h_b, n, _ = hidden_rows(
+        q, q_step, 0.0, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, False, DH, DA, DB, BM, BN,
+        PRECISION,
+    )  # fmt: skip
+    i = first + tl.arange(0, BM)
+    tl.store(stats + NORMALISER * plane + i, n, mask=i < S)
+    store_rows(h, h_step, i, S, h_a, h_b, DH, DA, DB)
 
 
 @triton.jit(
@@ -342,8 +348,9 @@ def query_gradient_tile(
     decay = (block_hi - top_hi) + (block_lo - top_lo)
     tl.store(rows + QUERY_BLOCK * plane + i, decay + tl.log2(inverse), mask=i < S)
     acc_a, acc_b, _ = gather_rows(
-        dh_a, dh_b, e, v, v_step, k, k_step, stats, plane, S, first, log_scale, True, DH, DA, DB, BM, BN, PRECISION
-    )
+        dh_a, dh_b, e, v, v_step, k, k_step, stats, plane, S, first, log_scale, True, False, DH, DA, DB, BM, BN,
+        PRECISION,
+    )  # fmt: skip
     acc_a *= inverse[:, None]
     if DB > 0:
         acc_b *= inverse[:, None]

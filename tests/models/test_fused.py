@@ -237,16 +237,69 @@ def test_whole_model_eager_compiled_and_checkpointed() -> None:
         assert relative(parameter.grad, other.grad) < 1e-3, name
 
 
+def inference_error(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, plain: bool = False) -> float:
+    """Relative error of a forward pass without gradients against float64."""
+    x = torch.randn(2, grid[0] * grid[1], block.layer.embed_dims, device=DEVICE)
+    block = copy.deepcopy(block).to(DEVICE)
+    block.layer.fused = not plain
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
+        out = block(x, grid) if plain else run_fused(block, x, grid)
+        return relative(out - x, block.double()(x.double(), grid) - x.double())
+
+
 @on_kernels
-@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
-def test_inference_is_the_forward_pass_of_training(options: dict) -> None:
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize(
+    ('dims', 'grid', 'options'),
+    [
+        (16, (3, 5), {}),
+        (24, (5, 3), {'proj_bias': False}),
+        (24, (3, 7), V1),
+        (32, (15, 19), {'norm_bias': False}),  # more tokens than one scan takes
+        (32, (1, 2), {'num_heads': 2}),
+    ],
+    ids=['2d', 'no-bias', 'v1', 'many-tokens', 'two-tokens'],
+)
+def test_inference_without_keys_and_values(
+    dims: int, grid: tuple[int, int], options: dict, reverse: bool, nan_filled_empty: None
+) -> None:
+    """What is not kept for a backward pass is not made: projections are folded into the cell's ends."""
+    torch.manual_seed(0)
+    block = trained_like(ViLBlock(dims, reverse, **options))
+    assert inference_error(block, grid, torch.float32) < 1e-5
+    assert inference_error(block, grid, torch.float16) < 3e-3
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    'options', [{'qkv_block_size': 8}, {'num_heads': 8}], ids=['blocks of 8', 'heads across blocks']
+)
+def test_inference_that_cannot_be_folded_is_the_forward_pass_of_training(options: dict) -> None:
     """It keeps nothing, and overwrites h with what is made of it."""
     torch.manual_seed(0)
-    block = trained_like(ViLBlock(32, reverse=True, **options)).to(DEVICE)
-    x = torch.randn(2, 70, 32, device=DEVICE)
+    block = trained_like(ViLBlock(24, reverse=True, **options)).to(DEVICE)
+    x = torch.randn(2, 70, 24, device=DEVICE)
     with torch.no_grad():
         inference = run_fused(block, x, (7, 10))
     assert torch.equal(inference, run_fused(block, x, (7, 10)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+@pytest.mark.parametrize(
+    ('dims', 'grid'), [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32))], ids=['T', 'S', 'B', 'T-512px']
+)
+def test_inference_at_full_width(dims: int, grid: tuple[int, int], options: dict, reverse: bool) -> None:
+    torch.manual_seed(0)
+    block = ViLBlock(dims, reverse, **options)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    for dtype in (torch.bfloat16, torch.float16):
+        fused, plain = (inference_error(block, grid, dtype, plain) for plain in (False, True))
+        assert fused < 1.1 * plain
+    assert inference_error(block, grid, torch.float32) < 1e-5
 
 
 @pytest.mark.gpu
