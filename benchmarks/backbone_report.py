@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mmvil.ops.flops import mlstm_flops
+from mmvil.ops.triton_launch import choose_form
 
 __all__ = ['COLUMNS', 'add_ratios', 'block_floor', 'draw', 'known_bytes']
 
@@ -13,13 +14,14 @@ CELL_BYTES, BACKWARD_BYTES = 16, 88
 BACKWARD_PRODUCTS, BACKWARD_CELL = 2, 2.5
 
 # Bytes that a launch of a kernel has to move, in units of S D: residual stream float32, E = 2 D, all else bfloat16, so
-# that a tensor of E channels counts 4.
+# that a tensor of E channels counts 4. In training, and in inference where that makes do with less.
 KERNEL_BYTES = {
-    'prepare_kernel': 4 + 2,  # its norm
+    'prepare_kernel': 4 + 2,  # its norm, up to 192 channels part of the next
+    'up_kernel': 4 + 8,
     'mix2d_kernel': 5 * 4 + 2,  # with the shares of the gates
     'gates_kernel': 2,
     'gates_scan_kernel': 2,
-    'gated_forward_kernel': 6 * 4,  # training keeps h, 4 more
+    'gated_forward_kernel': 7 * 4,
     'quadratic_forward_kernel': 4 * 4,
     'output_kernel': 4 * 4,
     'down_kernel': 4 + 4 + 4,
@@ -32,6 +34,8 @@ KERNEL_BYTES = {
     'conv2d_backward_kernel': 4 * 4,
     'layer_norm_backward_kernel': 4 + 2 + 4 + 4 + 2,
 }
+INFERENCE_BYTES = {'mix2d_kernel': 3 * 4 + 2, 'gated_forward_kernel': 5 * 4}
+"""Where keys and values do not exist."""
 KEY_GRADIENT_BYTES = {True: 6 * 4, False: 18}
 """Of the kernel for dk and dv by whether it makes both; else one launch for dk (20) and one for dv (16)."""
 COLUMNS = [
@@ -101,7 +105,7 @@ def add_ratios(rows: list[dict[str, object]], blocks: int, dims: int, rates: dic
             row['memory/deit'] = round(row['train_GiB'] / deit['train_GiB'], 2)
 
 
-def known_bytes(kernel: str, images: int, tokens: int, dims: int) -> int | None:
+def known_bytes(kernel: str, images: int, tokens: int, dims: int, work: str) -> int | None:
     """Bytes that one launch of a kernel has to move, None where that is not written down here.
 
     Args:
@@ -109,8 +113,11 @@ def known_bytes(kernel: str, images: int, tokens: int, dims: int) -> int | None:
         images: B.
         tokens: S.
         dims: D.
+        work: 'forward', which is inference, or 'train'.
     """
-    units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else KERNEL_BYTES.get(kernel)
+    is_folded = work == 'forward' and choose_form(tokens, EXPAND * dims // HEADS) == 'quadratic'
+    table = KERNEL_BYTES | INFERENCE_BYTES if is_folded else KERNEL_BYTES
+    units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else table.get(kernel)
     return None if units is None else units * images * tokens * dims
 
 

@@ -269,7 +269,7 @@ def profile(model: nn.Module, images: Tensor, tokens: int, dims: int) -> list[di
         for event in sorted(events, key=lambda event: -event.self_device_time_total)[:25]:
             row = {'work': name, 'kernel': event.key[:70], 'launches': event.count}
             row['us'] = round(event.self_device_time_total, 1)
-            size = known_bytes(event.key, len(images), tokens, dims)
+            size = known_bytes(event.key, len(images), tokens, dims, name)
             if size is not None:
                 row['bytes'] = size * event.count
                 row['GB/s'] = round(row['bytes'] / row['us'] / 1e3)

@@ -127,6 +127,27 @@ def _(
     return [out, u, gates, empty_rows_like(q), *kept, *_cell(shape).empty_saved(q)]
 
 
+@torch.library.custom_op('mmvil::vil_block_inference', mutates_args=())
+def vil_block_inference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    names: str,
+    scale: Tensor | None,
+    rows: int,
+    columns: int,
+    heads: int,
+    reverse: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """First result of `vil_block_fwd`, with its arguments, where no backward pass will follow: it has no gradients."""
+    return _forward(x, _by_name(weights, names), scale, rows, columns, heads, reverse, dtype, keep=False)[0]
+
+
+@vil_block_inference.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], names: str, *sizes: object) -> Tensor:
+    return torch.empty_like(x, dtype=x.dtype if 'norm_w' in names.split() else sizes[-1])
+
+
 @torch.library.custom_op('mmvil::vil_block_bwd', mutates_args=())
 def vil_block_bwd(
     dout: Tensor,
@@ -296,7 +317,10 @@ def fused_block(
     x, tensors = x.contiguous(), list(weights.values())
     sizes = (*grid, heads, reverse)
     if not operators_may_be_skipped(x, *tensors):
-        return torch.ops.mmvil.vil_block_fwd(x, tensors, ' '.join(weights), scale, *sizes, dtype)[0]
+        arguments = x, tensors, ' '.join(weights), scale, *sizes, dtype
+        if torch.is_grad_enabled():
+            return torch.ops.mmvil.vil_block_fwd(*arguments)[0]
+        return torch.ops.mmvil.vil_block_inference(*arguments)
     if torch.is_grad_enabled():
         return _EagerBlock.apply(x, tuple(weights), scale, sizes, dtype, *tensors)
     return _forward(x, {**ABSENT, **weights}, scale, *sizes, dtype, keep=False)[0]

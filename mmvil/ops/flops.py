@@ -111,7 +111,7 @@ def block_flops(
     return (4 if backward else 2) * x[0] * tokens * per_token + cell
 
 
-@register_flop_formula(torch.ops.mmvil.vil_block_fwd)
+@register_flop_formula([torch.ops.mmvil.vil_block_fwd, torch.ops.mmvil.vil_block_inference])
 def _block_forward_formula(
     x: Sequence[int], weights: Sequence[Sequence[int]], names: str, scale: object, rows: int, columns: int,
     heads: int, *args: Any, **kwargs: Any,

@@ -326,8 +326,11 @@ def test_flops_are_those_of_the_plain_modules(options: dict) -> None:
     block.layer.fused = False
     for run in (lambda x: run_fused(block, x, (3, 4)), lambda x: block(x, (3, 4))):
         x = torch.randn(2, 12, 32, device=DEVICE, requires_grad=True)
+        with FlopCounterMode(display=False) as inference, torch.no_grad():
+            run(x)
         with FlopCounterMode(display=False) as forward:
             out = run(x)
+        assert inference.get_total_flops() == forward.get_total_flops()
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
         counts.append([counter.get_flop_counts()['Global'] for counter in (forward, backward)])
@@ -353,12 +356,14 @@ def test_traced_in_one_graph_for_all_image_sizes(monkeypatch: pytest.MonkeyPatch
     for size in ((32, 32), (24, 40), (17, 50)):
         image = torch.randn(2, 3, *size, device=DEVICE)
         torch.testing.assert_close(compiled(image)[0], model(image)[0], rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image)[0], model(image)[0], rtol=1e-4, atol=1e-4)
 
 
 @on_kernels
 def test_operator_contract() -> None:
     from mmvil.models.fused import fused_weights
-    from mmvil.ops.block_op import vil_block_fwd
+    from mmvil.ops.block_op import vil_block_fwd, vil_block_inference
 
     block = trained_like(ViLBlock(16)).to(DEVICE)
     weights = {name: weight.detach().requires_grad_() for name, weight in fused_weights(block).items()}
@@ -367,3 +372,5 @@ def test_operator_contract() -> None:
     torch.library.opcheck(
         vil_block_fwd, arguments, test_utils=('test_schema', 'test_faketensor', 'test_autograd_registration')
     )
+    with torch.no_grad():
+        torch.library.opcheck(vil_block_inference, arguments, test_utils=('test_schema', 'test_faketensor'))

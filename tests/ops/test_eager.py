@@ -94,9 +94,10 @@ def test_both_ways_give_the_same(options: dict, monkeypatch: pytest.MonkeyPatch)
 @on_kernels
 def test_a_mode_sees_the_operator() -> None:
     made, x = block(), torch.zeros(1, 6, 16, device=DEVICE)
-    with Names() as mode, torch.no_grad():
-        run_fused(made, x, (2, 3))
-    assert mode.seen.count('mmvil.vil_block_fwd.default') == 1
+    for grad, name in ((True, 'vil_block_fwd'), (False, 'vil_block_inference')):
+        with Names() as mode, torch.set_grad_enabled(grad):
+            run_fused(made, x, (2, 3))
+        assert mode.seen.count(f'mmvil.{name}.default') == 1
 
 
 @on_kernels
