@@ -435,6 +435,34 @@ def run_cases(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str,
         yield size, pixels, finish_case(*running, size, pixels, options.limit)
 
 
+def earlier_rows(
+    path: Path | None, device: dict[str, object], replaced: Iterable[tuple[str, int]]
+) -> dict[str, object]:
+    """What a result file holds of other sizes and resolutions, to be completed.
+
+    Args:
+        path: The file; it need not be there.
+        device: Where the new rows are measured, as `environment` tells it.
+        replaced: Sizes and resolutions that are measured anew.
+
+    Returns:
+        'rows' and 'rates'.
+
+    Raises:
+        ValueError: The file was measured elsewhere, or in another state of this package.
+    """
+    if path is None or not path.is_file():
+        return {'rows': [], 'rates': {}}
+    found = json.loads(path.read_text(encoding='utf-8'))
+    for key in ('device', 'torch', 'triton', 'commit'):
+        if found['environment'][key] != device[key]:
+            raise ValueError(f'{path} has {key} {found["environment"][key]!r}, this is {device[key]!r}')
+    gone = set(replaced)
+    rows = [row for row in found['rows'] if (row['size'], row['pixels']) not in gone]
+    kept = {f'{row["size"]}:{row["pixels"]}' for row in rows}
+    return {'rows': rows, 'rates': {key: value for key, value in found['rates'].items() if key in kept}}
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -448,7 +476,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--profile', action='store_true', help='add a table of kernels for each row')
     parser.add_argument('--limit', type=float, default=180, help='most seconds for one size and resolution')
     parser.add_argument('--cold', action='store_true', help='do not compile all kernels beforehand, side by side')
-    parser.add_argument('--out', type=Path, help='JSON file to write')
+    parser.add_argument('--out', type=Path, help='JSON file to write, or to complete by other cases of the same device')
     parser.add_argument('--plot', type=Path, help='SVG or PNG file to write')
     parser.add_argument('--worker', type=Path, help=argparse.SUPPRESS)
     parser.add_argument('--only-warm', action='store_true', help=argparse.SUPPRESS)
@@ -470,9 +498,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         write_json(options.worker, worker(options))
         return 0
+    facts = environment()
+    result: dict[str, object] = {'environment': facts, **earlier_rows(options.out, facts, cases(options))}
     if not options.cold:
         warm_up(options)
-    result: dict[str, object] = {'environment': environment(), 'rates': {}, 'rows': []}
     for size, pixels, found in run_cases(options):
         result['rows'] += found['rows']
         result['rates'][f'{size}:{pixels}'] = found.get('rates')

@@ -154,6 +154,21 @@ def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found['rows'][0]['error'] == 'failed: took longer than 1.0 s'
 
 
+def test_other_cases_of_a_result_file_stay(tmp_path) -> None:
+    device = {'device': 'a GPU', 'torch': '1', 'triton': '2', 'commit': 'abc'}
+    rows = [{'size': size, 'pixels': 224, 'model': 'fused', 'train': 1.0} for size in ('tiny', 'small')]
+    path = tmp_path / 'result.json'
+    nothing = {'rows': [], 'rates': {}}
+    assert bench.earlier_rows(path, device, [('tiny', 224)]) == nothing
+    assert bench.earlier_rows(None, device, [('tiny', 224)]) == nothing
+    rates = {'tiny:224': RATES, 'small:224': RATES}
+    path.write_text(json.dumps({'environment': device, 'rows': rows, 'rates': rates}))
+    kept = bench.earlier_rows(path, device, [('tiny', 224), ('base', 224)])
+    assert kept == {'rows': rows[1:], 'rates': {'small:224': RATES}}
+    with pytest.raises(ValueError, match="has commit 'abc', this is 'abd'"):
+        bench.earlier_rows(path, {**device, 'commit': 'abd'}, [])
+
+
 def test_no_gpu_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit, match='measures on a GPU'):
