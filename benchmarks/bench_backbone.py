@@ -442,7 +442,7 @@ def earlier_rows(
 
     Args:
         path: The file; it need not be there.
-        device: Where the new rows are measured, as `environment` tells it.
+        facts: Where the new rows are measured, as `environment` tells it.
         replaced: Sizes and resolutions that are measured anew.
 
     Returns:
@@ -455,8 +455,8 @@ def earlier_rows(
         return {'rows': [], 'rates': {}}
     found = json.loads(path.read_text(encoding='utf-8'))
     for key in ('device', 'torch', 'triton', 'commit'):
-        if found['environment'][key] != device[key]:
-            raise ValueError(f'{path} has {key} {found["environment"][key]!r}, this is {device[key]!r}')
+        if found['environment'][key] != facts[key]:
+            raise ValueError(f'{path} has {key} {found["environment"][key]!r}, this is {facts[key]!r}')
     gone = set(replaced)
     rows = [row for row in found['rows'] if (row['size'], row['pixels']) not in gone]
     kept = {f'{row["size"]}:{row["pixels"]}' for row in rows}
