@@ -1,11 +1,13 @@
 """What `bench_backbone.py` makes of its figures: the floor, ratios to DeiT, shares, the plot. Needs no device."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmvil.ops.flops import mlstm_flops
 from mmvil.ops.triton_launch import choose_form
 
-__all__ = ['COLUMNS', 'add_ratios', 'block_floor', 'draw', 'known_bytes']
+__all__ = ['COLUMNS', 'add_ratios', 'block_floor', 'draw', 'earlier_rows', 'known_bytes']
 
 HEADS, EXPAND, CHUNK = 4, 2, 64
 # Bytes and FLOPs of a block's parts for one image, bfloat16: (name, bytes / (S D), FLOPs / (S D^2)).
@@ -119,6 +121,32 @@ def known_bytes(kernel: str, images: int, tokens: int, dims: int, work: str) -> 
     table = KERNEL_BYTES | INFERENCE_BYTES if is_folded else KERNEL_BYTES
     units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else table.get(kernel)
     return None if units is None else units * images * tokens * dims
+
+
+def earlier_rows(path: Path | None, facts: dict[str, object], replaced: Iterable[tuple[str, int]]) -> dict[str, object]:
+    """What a result file holds of other sizes and resolutions, to be completed.
+
+    Args:
+        path: The file; it need not be there.
+        facts: Where the new rows are measured, as `environment` tells it.
+        replaced: Sizes and resolutions that are measured anew.
+
+    Returns:
+        'rows' and 'rates'.
+
+    Raises:
+        ValueError: The file was measured elsewhere, or in another state of this package.
+    """
+    if path is None or not path.is_file():
+        return {'rows': [], 'rates': {}}
+    found = json.loads(path.read_text(encoding='utf-8'))
+    for key in ('device', 'torch', 'triton', 'commit'):
+        if found['environment'][key] != facts[key]:
+            raise ValueError(f'{path} has {key} {found["environment"][key]!r}, this is {facts[key]!r}')
+    gone = set(replaced)
+    rows = [row for row in found['rows'] if (row['size'], row['pixels']) not in gone]
+    kept = {f'{row["size"]}:{row["pixels"]}' for row in rows}
+    return {'rows': rows, 'rates': {key: value for key, value in found['rates'].items() if key in kept}}
 
 
 def draw(rows: list[dict[str, object]], path: Path, device: str) -> None:

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from mmvil.models import VisionLSTM
 
 if __package__:
-    from .backbone_report import COLUMNS, add_ratios, draw, known_bytes
+    from .backbone_report import COLUMNS, add_ratios, draw, earlier_rows, known_bytes
     from .common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
 else:
-    from backbone_report import COLUMNS, add_ratios, draw, known_bytes
+    from backbone_report import COLUMNS, add_ratios, draw, earlier_rows, known_bytes
     from common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
 
 SIZES = ('tiny', 'small', 'base')
@@ -433,34 +433,6 @@ def run_cases(options: argparse.Namespace) -> Iterator[tuple[str, int, dict[str,
     for index, (size, pixels) in enumerate(pairs):
         running, following = following, start_case(options, *pairs[index + 1]) if index + 1 < len(pairs) else None
         yield size, pixels, finish_case(*running, size, pixels, options.limit)
-
-
-def earlier_rows(
-    path: Path | None, device: dict[str, object], replaced: Iterable[tuple[str, int]]
-) -> dict[str, object]:
-    """What a result file holds of other sizes and resolutions, to be completed.
-
-    Args:
-        path: The file; it need not be there.
-        facts: Where the new rows are measured, as `environment` tells it.
-        replaced: Sizes and resolutions that are measured anew.
-
-    Returns:
-        'rows' and 'rates'.
-
-    Raises:
-        ValueError: The file was measured elsewhere, or in another state of this package.
-    """
-    if path is None or not path.is_file():
-        return {'rows': [], 'rates': {}}
-    found = json.loads(path.read_text(encoding='utf-8'))
-    for key in ('device', 'torch', 'triton', 'commit'):
-        if found['environment'][key] != facts[key]:
-            raise ValueError(f'{path} has {key} {found["environment"][key]!r}, this is {facts[key]!r}')
-    gone = set(replaced)
-    rows = [row for row in found['rows'] if (row['size'], row['pixels']) not in gone]
-    kept = {f'{row["size"]}:{row["pixels"]}' for row in rows}
-    return {'rows': rows, 'rates': {key: value for key, value in found['rates'].items() if key in kept}}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_backbone as bench
-from benchmarks.backbone_report import add_ratios, block_floor, draw, known_bytes
+from benchmarks.backbone_report import add_ratios, block_floor, draw, earlier_rows, known_bytes
 
 RATES = {'copy_bytes_per_second': 1e12, 'matmul_flop_per_second': 1e15}
 
@@ -159,14 +159,14 @@ def test_other_cases_of_a_result_file_stay(tmp_path) -> None:
     rows = [{'size': size, 'pixels': 224, 'model': 'fused', 'train': 1.0} for size in ('tiny', 'small')]
     path = tmp_path / 'result.json'
     nothing = {'rows': [], 'rates': {}}
-    assert bench.earlier_rows(path, device, [('tiny', 224)]) == nothing
-    assert bench.earlier_rows(None, device, [('tiny', 224)]) == nothing
+    assert earlier_rows(path, device, [('tiny', 224)]) == nothing
+    assert earlier_rows(None, device, [('tiny', 224)]) == nothing
     rates = {'tiny:224': RATES, 'small:224': RATES}
     path.write_text(json.dumps({'environment': device, 'rows': rows, 'rates': rates}))
-    kept = bench.earlier_rows(path, device, [('tiny', 224), ('base', 224)])
+    kept = earlier_rows(path, device, [('tiny', 224), ('base', 224)])
     assert kept == {'rows': rows[1:], 'rates': {'small:224': RATES}}
     with pytest.raises(ValueError, match="has commit 'abc', this is 'abd'"):
-        bench.earlier_rows(path, {**device, 'commit': 'abd'}, [])
+        earlier_rows(path, {**device, 'commit': 'abd'}, [])
 
 
 def test_no_gpu_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
