@@ -138,7 +138,11 @@ def _check_task(
         if f'{split}.txt' not in names:
             report.faults.append(f'{split}.txt is missing')
             continue
-        content = guarded.read(f'{split}.txt')
+        try:
+            content = guarded.read(f'{split}.txt')
+        except OSError as error:
+            report.faults.append(f'{split}.txt is unreadable: {error}')
+            continue
         sizes = data_root.accepted_sizes(task, split)
         lists[split], faults = parse_list(f'{split}.txt', content, task.num_classes, sizes)
         report.faults.extend(faults)
@@ -212,7 +216,8 @@ def _compare_lists(report: TaskReport, task: Task, lists: dict[str, list[Entry]]
         report.faults.append('the labels of train800val200.txt are not those of train800.txt and val200.txt')
     for split, values in labels.items():
         if len(set(values)) < task.num_classes:
-            report.notes.append(f'{split} has {len(set(values))} of {task.num_classes} classes, which is normal')
+            normal = '' if split == 'test' else ', which is normal'
+            report.notes.append(f'{split} has {len(set(values))} of {task.num_classes} classes{normal}')
     unseen = set(labels.get('val200', ())) - set(labels.get('train800', range(task.num_classes)))
     if unseen:
         report.notes.append(f'{len(unseen)} classes of val200 do not occur in train800, which is normal')
