@@ -107,8 +107,15 @@ def test_another_protocol_is_named(tmp_path):
 def test_different_storage_is_never_averaged(tmp_path):
     make_campaign(tmp_path, storage={'cifar': 'TFDS'})
     summary = summarize(tmp_path)
-    assert (summary['complete'], summary['average']) == (19, None)
-    assert 'mixed data' in format_summary(summary)
+    assert (summary['complete'], summary['average'], summary['mean_of_groups']) == (19, None, None)
+    assert summary['groups']['natural']['mean'] is None
+    assert summary['groups']['structured']['mean'] == pytest.approx(64.7)
+    lines = format_summary(summary).splitlines()
+    assert [line.split('|')[1].strip() for line in lines if 'mixed data' in line] == [
+        'mean of natural',
+        'mean over 19 tasks',
+        'mean of the 3 group means',
+    ]
     assert 'different storage (TFDS, zip (JPEG))' in format_summary(summary)
 
 
@@ -119,6 +126,17 @@ def test_runs_on_different_data_are_refused(tmp_path):
     record['data']['test']['images_hash'] = 'other'
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match='runs of kitti saw different data for test'):
+        summarize(tmp_path)
+    record['data']['test']['images_hash'] = ''  # of images that were streamed no hash is taken
+    path.write_text(json.dumps(record))
+    assert summarize(tmp_path)['campaign']['data']['kitti']['test']['images_hash'] == 'kitti'
+
+
+def test_tuning_and_test_on_different_storage_are_refused(tmp_path):
+    campaign = make_campaign(tmp_path, ['kitti'])
+    for run in campaign.final_runs(TASKS['kitti']):
+        campaign.save(run, make_record('kitti', 600, 1000, ('train800val200', 'test'), 'lossless (PNG)'))
+    with pytest.raises(ValueError, match='runs of kitti saw images of different storage'):
         summarize(tmp_path)
 
 

@@ -1,8 +1,10 @@
 import math
+import shutil
 from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 
 from mmvil.datasets.vtab_tasks import TASKS
 from mmvil.evaluation.data import LoadedSplit, load_split
@@ -43,6 +45,15 @@ def test_tuning_cannot_load_the_test_split(tiny_settings, tiny_root, cpu):
     for split in FINAL_SPLITS:
         with pytest.raises(PermissionError, match='is closed here'):
             load(tiny_settings, tiny_root, split, cpu)
+
+
+def test_lossy_and_lossless_images_are_not_mixed(tiny_settings, tiny_root, cpu, tmp_path):
+    root = shutil.copytree(tiny_root, tmp_path / 'vtab-1k')
+    path = root / 'eurosat/images/train800/000003.jpg'
+    with Image.open(path) as image:
+        image.save(path, format='PNG')
+    with pytest.raises(ValueError, match=r"different storage are mixed in train800: \['jpeg', 'png'\]"):
+        load(tiny_settings, root, 'train800', cpu)
 
 
 def test_images_must_have_one_size(tiny_settings, tiny_root, cpu, monkeypatch):
