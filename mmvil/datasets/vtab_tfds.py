@@ -6,7 +6,8 @@ Source: split and label definitions of google-research/task_adaptation; the firs
 validation examples in the fixed order of TFDS.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     'example_to_image',
     'example_to_label',
     'iterate_split',
+    'naming_errors',
     'open_builder',
     'record_entry',
     'split_instructions',
@@ -213,19 +215,27 @@ def iterate_split(
     read_config = tfds.ReadConfig(interleave_cycle_length=1)
     for part in instructions[split].split('+'):
         examples = builder.as_dataset(split=part, shuffle_files=False, read_config=read_config)
-        for example in _readable(tfds.as_numpy(examples), f'{part} of {name}'):
-            yield example_to_image(task, example), example_to_label(task, example)
+        with naming_errors(f'{part} of {name} is unreadable or truncated'):
+            for example in tfds.as_numpy(examples):
+                yield example_to_image(task, example), example_to_label(task, example)
 
 
-def _readable(examples: Iterable[Mapping], where: str) -> Iterator[Mapping]:
-    """Go through examples and say which records cannot be read."""
+@contextmanager
+def naming_errors(what: str) -> Iterator[None]:
+    """Turn errors of TensorFlow and TFDS, most of which are plain exceptions, into a ValueError that says more.
+
+    Args:
+        what: What went wrong.
+
+    Raises:
+        ValueError: In their place.
+    """
     try:
-        yield from examples
+        yield
     except Exception as error:
-        # TensorFlow's errors share no base class with Python's, and it is imported by TFDS only.
-        if not type(error).__module__.startswith('tensorflow'):
+        if not type(error).__module__.startswith('tensorflow'):  # also tensorflow_datasets
             raise
-        raise ValueError(f'{where} is unreadable or truncated: {error}') from error
+        raise ValueError(f'{what}: {error}') from error
 
 
 def record_entry(split: str, index: int, label: int) -> Entry:

@@ -113,6 +113,22 @@ def test_manual_downloads_and_versions_are_explained(stand_in, tmp_path, capsys)
     assert not (tmp_path / 'out/resisc45').exists()
 
 
+def test_a_download_that_fails_does_not_keep_the_other_tasks_from_being_written(stand_in, tmp_path, monkeypatch):
+    class NonMatchingChecksumError(Exception):
+        """As TFDS's, which is a plain exception."""
+
+    def download_and_prepare(self):
+        if self.name == 'resisc45':
+            raise NonMatchingChecksumError('got another file')
+
+    monkeypatch.setattr(NonMatchingChecksumError, '__module__', 'tensorflow_datasets.core.download.download_manager')
+    monkeypatch.setattr(StandInBuilder, 'download_and_prepare', download_and_prepare)
+    failures = prepare_tasks(tmp_path / 'out', tmp_path, ['resisc45', 'kitti'], any_version=True)
+    assert list(failures) == ['resisc45']
+    assert failures['resisc45'].startswith('resisc45/4.0.0 could not be downloaded and prepared: got another file')
+    assert (tmp_path / 'out/kitti/test.txt').is_file()
+
+
 def test_records_are_read_without_writing_them_out(stand_in, tmp_path):
     (tmp_path / 'kitti/3.3.0').mkdir(parents=True)
     (tmp_path / 'kitti/3.3.0/dataset_info.json').write_text('{}')
