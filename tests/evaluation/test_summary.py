@@ -3,12 +3,14 @@ import io
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from PIL import Image
 
 from mmvil.datasets.vtab_tasks import GROUPS, TASKS
 from mmvil.evaluation.campaign import Campaign, campaign_identity
 from mmvil.evaluation.command import main
+from mmvil.evaluation.figure import draw_summary
 from mmvil.evaluation.protocol import STANDARD, load_settings
 from mmvil.evaluation.published import PUBLISHED, PUBLISHED_TASKS
 from mmvil.evaluation.summary import format_summary, summarize, write_summary
@@ -99,9 +101,31 @@ def test_a_smoke_run_is_never_a_vtab_score(tmp_path):
     assert all(row[0] in ('kind', 'smoke') for row in csv.reader(io.StringIO(paths[1].read_text())))
 
 
-def test_another_protocol_is_named(tmp_path):
+def titles(summary, monkeypatch):
+    """All headings of the bar plot."""
+    said = []
+    suptitle = Figure.suptitle
+    monkeypatch.setattr(
+        Figure, 'suptitle', lambda self, text, **options: said.append(text) or suptitle(self, text, **options)
+    )
+    draw_summary(summary)
+    return ' '.join(said)
+
+
+def test_the_bar_plot_says_what_it_is(tmp_path, monkeypatch):
+    make_campaign(tmp_path / 'a', ['kitti'])
+    assert titles(summarize(tmp_path / 'a'), monkeypatch) == 'VTAB-1K, 1/19 tasks complete'
+    make_campaign(tmp_path / 'b', smoke=True)
+    assert titles(summarize(tmp_path / 'b'), monkeypatch) == 'SMOKE RUN on a miniature: these are not VTAB scores'
+    with pytest.raises(ValueError, match=r"no published scores for \['X'\]"):
+        draw_summary(summarize(tmp_path / 'a'), ['X'])
+
+
+def test_another_protocol_is_named(tmp_path, monkeypatch):
     make_campaign(tmp_path, ['kitti'], overrides={'protocol.epochs': 100})
-    assert 'Not the published protocol: protocol.epochs: 100 instead of 50' in format_summary(summarize(tmp_path))
+    summary = summarize(tmp_path)
+    assert 'Not the published protocol: protocol.epochs: 100 instead of 50' in format_summary(summary)
+    assert 'not by the published protocol' in titles(summary, monkeypatch)
 
 
 def test_different_storage_is_never_averaged(tmp_path):
