@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from mmvil.evaluation.models import ModelFactory
 from mmvil.evaluation.protocol import Run, select_learning_rate
 from mmvil.evaluation.provenance import WorkerPlace, find_place
 from mmvil.evaluation.run import run_campaign
+from mmvil.evaluation.summary import summarize
+from mmvil.evaluation.training import Evaluation
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = """
@@ -176,6 +180,23 @@ def test_a_process_decodes_each_split_once_and_resets_one_model(tiny_config, tin
     assert loads == [(name, split) for name in ('eurosat', 'kitti') for split in SPLITS]
     assert len(builds) == 1
     assert heads[-12:] == [10] * 6 + [4] * 6
+
+
+def test_a_diverged_run_counts_as_nothing_right_and_does_not_win(tiny_config, tiny_root, tmp_path, monkeypatch):
+    train = worker.train_model
+
+    def diverge(model, split, settings, rate, seed):
+        training = train(model, split, settings, rate, seed)
+        return replace(training, diverged=True, final_loss=math.nan) if rate == 1e-2 else training
+
+    monkeypatch.setattr(worker, 'train_model', diverge)
+    monkeypatch.setattr(worker, 'count_correct', lambda model, split, size: Evaluation(len(split), len(split), 1.0))
+    campaign = start(tmp_path / 'work', tiny_config, tiny_root, [], tasks=['kitti'])
+    tuned = {run: campaign.record(run) for run in campaign.tuning_runs(find_task('kitti'))}
+    assert [record['correct'] for run, record in tuned.items() if run.learning_rate == 1e-2] == [0, 0]
+    assert [record['accuracy'] for run, record in tuned.items() if run.learning_rate == 1e-3] == [100, 100]
+    assert campaign.chosen_rate(find_task('kitti')) == 1e-3  # the first rate would win if both were equal
+    assert 'kitti: 2 runs diverged and count as 0 %' in summarize(tmp_path / 'work')['remarks']
 
 
 def test_the_estimate_counts_the_runs_that_are_open(finished, tiny_root, tiny_settings, tmp_path, monkeypatch):
