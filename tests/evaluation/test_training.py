@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmvil.evaluation import training
 from mmvil.evaluation.data import LoadedSplit, load_split
 from mmvil.evaluation.models import ModelFactory
 from mmvil.evaluation.protocol import FINAL_SPLITS, STANDARD, TUNING_SPLITS, load_settings
@@ -130,6 +131,19 @@ def test_weight_decay_spares_biases_and_vectors_only(published_optimizer):
     assert groups_by_name(model, optimizer)['backbone.pos_embed']['weight_decay'] == 0.05
 
 
+def test_training_runs_in_bf16_unless_on_a_cpu(tiny_settings, monkeypatch):
+    built = []
+    monkeypatch.setattr(training, 'build_optim_wrapper', lambda model, config: built.append(config))
+    tiny_settings.param_scheduler = []
+    for device in ('meta', 'cpu'):  # the first stands for any other device
+        build_optimizer(torch.nn.Linear(1, 1, device=device), tiny_settings, 5e-4, 1)
+    elsewhere, cpu = built
+    assert (elsewhere['type'], elsewhere['dtype']) == ('AmpOptimWrapper', 'bfloat16')
+    assert cpu['type'] == 'OptimWrapper'
+    assert elsewhere['optimizer'] == cpu['optimizer']
+    assert cpu['optimizer']['lr'] == 5e-4
+
+
 def test_the_schedule_warms_up_over_a_tenth_and_ends_near_zero(published_optimizer):
     model, settings, optimizer, schedules = published_optimizer
     head = groups_by_name(model, optimizer)['head.fc.weight']
@@ -179,9 +193,9 @@ def test_incomplete_batches_are_dropped_and_seeds_matter(tiny_settings, tiny_roo
     tiny_settings.protocol.batch_size = 7
     losses = []
     for seed in (0, 1, 0):
-        training = train_model(factory.fresh(10, seed), split, tiny_settings, 1e-2, seed)
-        assert training.steps == 2 * (16 // 7)
-        losses.append(training.final_loss)
+        done = train_model(factory.fresh(10, seed), split, tiny_settings, 1e-2, seed)
+        assert done.steps == 2 * (16 // 7)
+        losses.append(done.final_loss)
     assert losses[0] == losses[2] != losses[1]
     tiny_settings.protocol.batch_size = 17
     with pytest.raises(ValueError, match='at least one batch of 17 images'):
@@ -203,9 +217,9 @@ def test_training_learns_its_images(tiny_settings, tiny_root, factory, cpu):
 def test_a_diverged_training_stops_and_says_so(tiny_settings, factory, cpu):
     images = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
     split = LoadedSplit(None, torch.zeros(16, dtype=torch.int64), images, {})
-    training = train_model(factory.fresh(10, 0), split, tiny_settings, math.inf, 0)
-    assert training.diverged
-    assert training.steps == 2  # one epoch of two
+    done = train_model(factory.fresh(10, 0), split, tiny_settings, math.inf, 0)
+    assert done.diverged
+    assert done.steps == 2  # one epoch of two
 
 
 def test_counting_is_top_1(factory, cpu):
