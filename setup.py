@@ -45,7 +45,8 @@ setup(
         'test': TEST,
         'bench': [*OPENMMLAB, 'timm>=1.0'],
         'docs': ['matplotlib>=3.7'],
-        'tfds': ['tensorflow-datasets>=4.9', 'tensorflow'],  # only to prepare VTAB-1K from its origin
+        # Only to prepare VTAB-1K from its origin. TFDS 4.9.10 imports importlib_resources without asking for it.
+        'tfds': ['tensorflow-datasets>=4.9', 'tensorflow', 'importlib_resources'],
     },
     classifiers=[
         'Intended Audience :: Science/Research',

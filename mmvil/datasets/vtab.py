@@ -106,6 +106,7 @@ class VTAB1K(BaseDataset):
         ]
         self.entries: list[Entry] = []
         self._kept: dict[int, np.ndarray] = {}
+        self._hashes: list[bytes] = []  # of TFDS images, before the pipeline
         self._kept_bytes = 0
         metainfo = {'classes': label_names(self.task.name)}
         super().__init__(ann_file='', data_root=str(self.root.root), metainfo=metainfo, pipeline=pipeline, **kwargs)
@@ -168,13 +169,13 @@ class VTAB1K(BaseDataset):
             index: Position in the list.
 
         Returns:
-            The image; the SHA-256 of the file (of the pixels for TFDS records); 'jpeg', 'png' or 'other'.
+            The image; the SHA-256 of the file (of the decoded pixels for TFDS records); 'jpeg', 'png' or 'other'.
 
         Raises:
             ValueError: As `read_image`.
         """
         if self.source.kind == 'tfds':
-            return self._kept[index], hashlib.sha256(self._kept[index].tobytes()).digest(), 'other'
+            return self._kept[index], self._hashes[index], 'other'
         image, content = self._decode(index)
         return image, hashlib.sha256(content).digest(), storage_format(content)
 
@@ -235,14 +236,15 @@ class VTAB1K(BaseDataset):
 
     def _read_tfds(self) -> None:
         """Stream a split of TFDS once; its images cannot be looked up one by one, so all are kept."""
-        from .vtab_tfds import iterate_split
+        from .vtab_tfds import iterate_split, record_entry
 
         source = self.source.source
         if not isinstance(source, TfdsSource):
             raise TypeError(f'expected TFDS records, got {type(source).__name__}')
         for index, (image, label) in enumerate(iterate_split(self.task, self.split, source.data_dir)):
             self._kept[index] = self._transform_once(np.ascontiguousarray(image[:, :, ::-1]))
-            self.entries.append(Entry(f'tfds/{self.split}/{index:06d}', label, index + 1))
+            self._hashes.append(hashlib.sha256(image.tobytes()).digest())
+            self.entries.append(record_entry(self.split, index, label))
         sizes = self.root.accepted_sizes(self.task, self.split)
         if len(self.entries) not in sizes:
             raise ValueError(f'{source} gave {len(self.entries)} images for {self.split}, expected {sizes}')

@@ -7,6 +7,7 @@ them.
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -16,6 +17,8 @@ __all__ = ['SMOKE_MARK', 'DataRoot', 'FolderSource', 'RestrictedSource', 'TfdsSo
 
 TOP_FOLDERS = ('', 'vtab-1k')
 SMOKE_MARK = 'smoke.json'
+# What zipfile raises for damaged members: wrong checksums, broken streams, unknown or encrypted methods.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 class FolderSource:
@@ -81,13 +84,13 @@ class ZipSource:
 
         Raises:
             FileNotFoundError: If there is none.
-            OSError: If its checksum is wrong.
+            OSError: If it is damaged.
         """
         try:
             return self._zip.read(self.prefix + path)
         except KeyError as error:
             raise FileNotFoundError(f'{self.archive} has no file {self.prefix + path}') from error
-        except zipfile.BadZipFile as error:
+        except DAMAGE as error:
             raise OSError(f'{self.prefix + path} in {self.archive} is damaged: {error}') from error
 
     def names(self) -> set[str]:
@@ -224,7 +227,9 @@ class DataRoot:
     def _read_smoke_mark(self) -> dict[str, int] | None:
         """Read the sizes of the embedded miniature, None if this is not one."""
         if self._members is not None:
-            if any(PurePosixPath(prefix).name == SMOKE_MARK for prefix in self._members):
+            with open_zip(self.root) as opened:
+                is_miniature = any(PurePosixPath(name).name == SMOKE_MARK for name in opened.namelist())
+            if is_miniature:
                 raise ValueError(f'{self.root}: the miniature is read from its folder only')
             return None
         for top in TOP_FOLDERS:

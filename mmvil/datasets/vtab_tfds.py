@@ -7,6 +7,7 @@ validation examples in the fixed order of TFDS.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,19 @@ from .vtab_labels import (
     dsprites_orientation_label,
     kitti_distance_label,
 )
+from .vtab_lists import Entry
 from .vtab_tasks import SPLITS, Task
 
-__all__ = ['example_to_image', 'example_to_label', 'iterate_split', 'open_builder', 'split_instructions', 'split_sizes']
+__all__ = [
+    'example_to_image',
+    'example_to_label',
+    'iterate_split',
+    'naming_errors',
+    'open_builder',
+    'record_entry',
+    'split_instructions',
+    'split_sizes',
+]
 
 # Percentages of TFDS' training split that are train and validation, for data sets without a validation split.
 CARVED = {
@@ -192,20 +203,44 @@ def iterate_split(
 
     Raises:
         ImportError: If tensorflow-datasets is not installed.
-        ValueError: If the records are not those that the task is defined on.
+        ValueError: If the records are not those that the task is defined on, or cannot be read.
     """
     if split not in SPLITS:
         raise ValueError(f'split must be one of {list(SPLITS)}, got {split!r}')
     builder = open_builder(task, data_dir, any_version)
     import tensorflow_datasets as tfds
 
-    instructions = split_instructions(task, split_sizes(builder))
+    name, instructions = builder.info.full_name, split_instructions(task, split_sizes(builder))
     # One file after the other: the order is then that of the records, whatever the number of their files.
     read_config = tfds.ReadConfig(interleave_cycle_length=1)
     for part in instructions[split].split('+'):
         examples = builder.as_dataset(split=part, shuffle_files=False, read_config=read_config)
-        for example in tfds.as_numpy(examples):
-            yield example_to_image(task, example), example_to_label(task, example)
+        with naming_errors(f'{part} of {name} is unreadable or truncated'):
+            for example in tfds.as_numpy(examples):
+                yield example_to_image(task, example), example_to_label(task, example)
+
+
+@contextmanager
+def naming_errors(what: str) -> Iterator[None]:
+    """Turn errors of TensorFlow and TFDS, most of which are plain exceptions, into a ValueError that says more.
+
+    Args:
+        what: What went wrong.
+
+    Raises:
+        ValueError: In their place.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith('tensorflow'):  # also tensorflow_datasets
+            raise
+        raise ValueError(f'{what}: {error}') from error
+
+
+def record_entry(split: str, index: int, label: int) -> Entry:
+    """Name an example that has no file as if it stood in a list."""
+    return Entry(f'tfds/{split}/{index:06d}', label, index + 1)
 
 
 def _version_pattern(versions: str) -> str:

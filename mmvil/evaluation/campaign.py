@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ..datasets.vtab_tasks import Task, find_task
+from ..datasets.vtab_tasks import Task
 from .protocol import PHASES, Run, find_deviations, plan_final_runs, plan_tuning_runs, select_learning_rate
 from .records import lock_file, read_record, write_atomically, write_once
 
@@ -172,13 +172,6 @@ class Campaign:
             total += len(self.protocol['seeds'])
             done += sum(self.record(run) is not None for run in self.final_runs(task))
         return done, total
-
-    def tasks_with_records(self) -> list[Task]:
-        """Tasks that have at least one record, in any order."""
-        folder = self.work_dir / 'runs'
-        return (
-            [find_task(path.name) for path in folder.iterdir() if any(path.glob('*.json'))] if folder.is_dir() else []
-        )
 
 
 def _differences(old: Mapping, new: Mapping, name: str = '') -> list[str]:

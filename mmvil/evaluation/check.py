@@ -24,7 +24,7 @@ class ListReport:
         count: Number of good lines.
         num_classes: Number of classes that occur.
         list_hash: SHA-256 of paths and labels.
-        images_hash: SHA-256 over the files in the order of the list; '' if they were not read.
+        images_hash: SHA-256 over the files (TFDS: the pixels) in the order of the list; '' if they were not read.
         formats: Kinds of storage that occur: 'jpeg', 'png', 'other'.
     """
 
@@ -115,7 +115,7 @@ def check_root(
             else:
                 report.source = str(source)
                 if isinstance(source, TfdsSource):
-                    _check_tfds(report, task, source)
+                    _check_tfds(report, task, source, tuple(splits), read_images)
                 else:
                     _check_task(report, data_root, task, source, tuple(splits), pool if read_images else None)
             reports.append(report)
@@ -138,7 +138,11 @@ def _check_task(
         if f'{split}.txt' not in names:
             report.faults.append(f'{split}.txt is missing')
             continue
-        content = guarded.read(f'{split}.txt')
+        try:
+            content = guarded.read(f'{split}.txt')
+        except OSError as error:
+            report.faults.append(f'{split}.txt is unreadable: {error}')
+            continue
         sizes = data_root.accepted_sizes(task, split)
         lists[split], faults = parse_list(f'{split}.txt', content, task.num_classes, sizes)
         report.faults.extend(faults)
@@ -212,7 +216,8 @@ def _compare_lists(report: TaskReport, task: Task, lists: dict[str, list[Entry]]
         report.faults.append('the labels of train800val200.txt are not those of train800.txt and val200.txt')
     for split, values in labels.items():
         if len(set(values)) < task.num_classes:
-            report.notes.append(f'{split} has {len(set(values))} of {task.num_classes} classes, which is normal')
+            normal = '' if split == 'test' else ', which is normal'
+            report.notes.append(f'{split} has {len(set(values))} of {task.num_classes} classes{normal}')
     unseen = set(labels.get('val200', ())) - set(labels.get('train800', range(task.num_classes)))
     if unseen:
         report.notes.append(f'{len(unseen)} classes of val200 do not occur in train800, which is normal')
@@ -221,17 +226,41 @@ def _compare_lists(report: TaskReport, task: Task, lists: dict[str, list[Entry]]
         report.notes.append(f'test has {len(lists["test"])} images; revisions with {sizes} are in use')
 
 
-def _check_tfds(report: TaskReport, task: Task, source: TfdsSource) -> None:
-    """Check version and sizes of TFDS records."""
+def _check_tfds(report: TaskReport, task: Task, source: TfdsSource, splits: tuple[str, ...], read_images: bool) -> None:
+    """Check version and sizes of TFDS records and, if asked to, read them."""
     from ..datasets.vtab_tfds import open_builder, split_instructions, split_sizes
 
     report.storage = 'TFDS'
     try:
         builder = open_builder(task, source.data_dir)
-        for split, instruction in split_instructions(task, split_sizes(builder)).items():
-            report.notes.append(f'{split} is {instruction} of {builder.info.full_name}')
+        instructions = split_instructions(task, split_sizes(builder))
     except (ImportError, ValueError) as error:
         report.faults.append(str(error))
+        return
+    lists: dict[str, list[Entry]] = {}
+    for split in splits:
+        report.notes.append(f'{split} is {instructions[split]} of {builder.info.full_name}')
+        if read_images:
+            try:
+                lists[split], report.lists[split] = _read_records(task, split, source)
+            except ValueError as error:
+                report.faults.append(f'{split}: {error}')
+                continue
+            if len(lists[split]) not in task.accepted_sizes(split):
+                report.faults.append(f'{split}: {len(lists[split])} images, expected {task.accepted_sizes(split)}')
+    _compare_lists(report, task, lists)
+
+
+def _read_records(task: Task, split: str, source: TfdsSource) -> tuple[list[Entry], ListReport]:
+    """Read the TFDS records of one list; the hash of the images is that of their pixels."""
+    from ..datasets.vtab_tfds import iterate_split, record_entry
+
+    entries, digest = [], hashlib.sha256()
+    for index, (image, label) in enumerate(iterate_split(task, split, source.data_dir)):
+        entries.append(record_entry(split, index, label))
+        digest.update(hashlib.sha256(image.tobytes()).digest())
+    classes = {entry.label for entry in entries}
+    return entries, ListReport(len(entries), len(classes), hash_entries(entries), digest.hexdigest())
 
 
 def format_report(report: RootReport) -> str:

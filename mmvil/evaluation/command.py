@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.function(options)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
 

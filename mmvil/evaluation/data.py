@@ -99,7 +99,7 @@ def load_split(
     Raises:
         PermissionError: If the split is not open.
         ValueError: If the list has faults, or an image is missing, unreadable or cut off; or if images have different
-            sizes after the cached pipeline.
+            sizes after the cached pipeline, or JPEG and lossless files are mixed.
     """
     runtime = settings['runtime']
     dataset = VTAB1K(data_root, task, split, cached_pipeline=list(settings['cached_pipeline']), open_splits=open_splits)
@@ -150,5 +150,7 @@ def _fill(images: Tensor, dataset: VTAB1K, identity: dict, num_threads: int) -> 
             digest.update(content_hash)
             kinds.add(kind)
     identity['images_hash'] = digest.hexdigest()
+    if len(kinds) > 1:
+        raise ValueError(f'{dataset.source}: images of different storage are mixed in {dataset.split}: {sorted(kinds)}')
     if not identity['storage']:
-        identity['storage'] = STORAGE[kinds.pop()] if len(kinds) == 1 else 'mixed'
+        identity['storage'] = STORAGE[kinds.pop()]

@@ -8,7 +8,10 @@ from .published import PUBLISHED, PUBLISHED_TASKS, SOURCES
 
 __all__ = ['draw_summary']
 
-OWN_COLOUR, OTHER_COLOURS = '#c0392b', 'Blues'
+OWN_COLOUR = '#c0392b'
+# One colour per family, the darker the larger the model.
+FAMILY_COLOURS = {'ViL': 'Oranges', 'DeiT': 'Blues', 'DeiT-III': 'Purples', 'Vim': 'Greens'}
+SHADES = {'T': 0.35, 'S': 0.6, 'B': 0.85}
 
 
 def draw_summary(summary: dict, references: Sequence[str] | None = None) -> bytes:
@@ -51,7 +54,8 @@ def draw_summary(summary: dict, references: Sequence[str] | None = None) -> byte
     if is_smoke:
         figure.suptitle('SMOKE RUN on a miniature: these are not VTAB scores', color=OWN_COLOUR)
     else:
-        figure.suptitle(f'VTAB-1K, {summary["complete"]}/19 tasks complete')
+        protocol = '' if summary['kind'] == 'standard' else ', not by the published protocol'
+        figure.suptitle(f'VTAB-1K, {summary["complete"]}/19 tasks complete{protocol}')
         sources = (
             f'groups: {SOURCES["ViL"]}\nsingle tasks: {SOURCES["VIOLIN"]}; error bars: standard deviation over seeds'
         )
@@ -63,16 +67,13 @@ def draw_summary(summary: dict, references: Sequence[str] | None = None) -> byte
 
 def _bars(axes, series: dict[str, list[float | None]], names: list[str], errors: list[float] | None = None) -> None:
     """Draw groups of bars; a missing value leaves a gap."""
-    from matplotlib import colormaps
-
     width = 0.85 / len(series)
     for number, (label, values) in enumerate(series.items()):
         is_own = number == 0
-        colour = OWN_COLOUR if is_own else colormaps[OTHER_COLOURS](0.25 + 0.7 * number / len(series))
         shown = [index for index, value in enumerate(values) if value is not None]
         places, heights = [index + number * width for index in shown], [values[index] for index in shown]
         spread = [errors[index] for index in shown] if is_own and errors else None
-        axes.bar(places, heights, width, yerr=spread, label=label, color=colour)
+        axes.bar(places, heights, width, yerr=spread, label=label, color=OWN_COLOUR if is_own else _colour(label))
     middles = [index + 0.42 - width / 2 for index in range(len(names))]
     tilt = {'rotation': 30, 'ha': 'right', 'rotation_mode': 'anchor'} if len(names) > 8 else {}
     axes.set_xticks(middles, names, **tilt)
@@ -80,3 +81,11 @@ def _bars(axes, series: dict[str, list[float | None]], names: list[str], errors:
     axes.set_ylim(0, 100)
     axes.grid(axis='y', alpha=0.3)
     axes.legend(fontsize=7, ncols=6, loc='upper right')
+
+
+def _colour(name: str) -> tuple[float, float, float, float]:
+    """Colour of a published model, by family and size."""
+    from matplotlib import colormaps
+
+    family, _, size = name.rpartition('-')
+    return colormaps[FAMILY_COLOURS[family]](SHADES[size])

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -137,9 +138,8 @@ class ModelFactory:
         kind = str(config.get('type', 'ImageClassifier')).rpartition('.')[2]
         if kind != 'ImageClassifier' or 'backbone' not in config:
             raise ValueError(f'the model must be an ImageClassifier with a backbone, got {config.get("type")!r}')
-        for key, value in overrides.items():
-            if key in config['backbone'] or config['backbone']['type'].endswith('VisionLSTM'):
-                config['backbone'][key] = value
+        options = _options(config['backbone']['type'])
+        config['backbone'].update({key: value for key, value in overrides.items() if key in options})
         return MODELS.build(
             {
                 'type': 'mmpretrain.ImageClassifier',
@@ -163,6 +163,20 @@ class ModelFactory:
                 "add neck=dict(type='GlobalAveragePooling')"
             )
         return last.shape[1]
+
+
+def _options(backbone: str | type) -> set[str]:
+    """Names of the options of a backbone; some, such as Swin, have a drop path unless they are told otherwise.
+
+    Raises:
+        ValueError: If no such backbone is registered.
+    """
+    from mmpretrain.registry import MODELS
+
+    kind = MODELS.get(backbone) if isinstance(backbone, str) else backbone
+    if kind is None:
+        raise ValueError(f'no backbone {backbone!r} is registered; does the config lack custom_imports?')
+    return set(inspect.signature(kind).parameters)
 
 
 def _preprocessor(settings: Mapping) -> dict:

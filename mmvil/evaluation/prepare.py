@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..datasets.vtab_sources import DataRoot, TfdsSource
 from ..datasets.vtab_tasks import SPLITS, Task, select_tasks
-from ..datasets.vtab_tfds import iterate_split, open_builder, split_instructions, split_sizes
+from ..datasets.vtab_tfds import iterate_split, naming_errors, open_builder, split_instructions, split_sizes
 from .records import write_atomically
 
 __all__ = ['SUFFIXES', 'prepare_tasks']
@@ -76,7 +76,8 @@ def _prepare_task(root: Path, tfds_dir: Path, task: Task, image_format: str, any
     """Write one task; returns the number of images."""
     builder = open_builder(task, tfds_dir, any_version)
     if download:
-        builder.download_and_prepare()
+        with naming_errors(f'{builder.info.full_name} could not be downloaded and prepared'):
+            builder.download_and_prepare()
     instructions = split_instructions(task, split_sizes(builder))
     partial = root / f'.{task.name}.partial'
     shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,7 @@ Source: released VTAB-1K pipelines of ViL, DeiT, DeiT-III and Vim, which are ide
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,15 +135,22 @@ def load_settings(config: str | Path | Config | None = None, overrides: Mapping[
             settings.data_preprocessor = inner
     if overrides:
         settings.merge_from_dict(dict(overrides))
+        _refuse_unknown('an override', settings, (*STANDARD, 'model', 'data_root'))
+    _refuse_unknown('runtime', settings.runtime, STANDARD['runtime'])
     _check_protocol(settings.protocol)
     return settings
 
 
+def _refuse_unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> None:
+    """Refuse keys that nothing reads, since a misspelt value would go unnoticed."""
+    unknown = sorted(set(given) - set(accepted))
+    if unknown:
+        raise ValueError(f'{what} has unknown keys {unknown}; accepted are {sorted(accepted)}')
+
+
 def _check_protocol(protocol: Mapping) -> None:
     """Refuse values that make no sense."""
-    unknown = set(protocol) - set(STANDARD['protocol'])
-    if unknown:
-        raise ValueError(f'protocol has unknown keys {sorted(unknown)}; accepted are {sorted(STANDARD["protocol"])}')
+    _refuse_unknown('protocol', protocol, STANDARD['protocol'])
     for key in ('learning_rates', 'seeds'):
         values = protocol[key]
         if not isinstance(values, (list, tuple)) or not values or len(set(values)) != len(values):

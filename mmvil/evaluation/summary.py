@@ -26,9 +26,10 @@ def summarize(work_dir: str | Path) -> dict:
         work_dir: Folder of the campaign.
 
     Returns:
-        `tasks` (one entry per task, see `COLUMNS`), `groups`, `average` (mean over the 19 tasks; None unless all are
-        complete, of one kind of storage, and no smoke run), `mean_of_groups`, `complete` (number of complete tasks),
-        `remarks`, and `campaign`: settings, checkpoint, versions, commit, device and data hashes.
+        `tasks` (one entry per task, see `COLUMNS`), `groups`, `average` (mean over the 19 tasks; None for a smoke run),
+        `mean_of_groups`, `complete` (number of complete tasks), `remarks`, and `campaign`: settings, checkpoint,
+        versions, commit, device and data hashes. Every mean is None unless all of its tasks are complete and of one
+        kind of storage.
 
     Raises:
         FileNotFoundError: If there is no campaign.
@@ -45,19 +46,17 @@ def summarize(work_dir: str | Path) -> dict:
     complete = [entry for entry in tasks if entry['is_complete']]
     storages = sorted({entry['storage'] for entry in complete})
     is_smoke = campaign.kind == 'smoke'
-    is_whole = len(complete) == len(TASKS)
-    mean = fmean(entry['mean'] for entry in complete) if is_whole else None
+    mean = _mean_score(complete, len(TASKS))
     groups = {group: _summarize_group(group, complete) for group in GROUPS}
     remarks = _remarks(campaign, storages, complete)
-    comparable = is_whole and len(storages) == 1 and not is_smoke
     return {
         'kind': campaign.kind,
         'tasks': tasks,
         'groups': groups,
         'complete': len(complete),
-        'average': mean if comparable else None,
+        'average': None if is_smoke else mean,
         'smoke_average': mean if is_smoke else None,
-        'mean_of_groups': fmean(group['mean'] for group in groups.values()) if is_whole else None,
+        'mean_of_groups': None if mean is None else fmean(group['mean'] for group in groups.values()),
         'remarks': remarks,
         'campaign': {**campaign.header, 'devices': sorted(devices), 'data': hashes},
     }
@@ -96,19 +95,31 @@ def _same_data(task: Task, records: Sequence[dict]) -> dict:
     found: dict[str, dict] = {}
     for record in records:
         for split, identity in record['data'].items():
-            if found.setdefault(split, identity) != identity:
+            known = found.setdefault(split, dict(identity))
+            # The hash is not taken where the images exceed the memory limit, which may differ between workers.
+            known['images_hash'] = known['images_hash'] or identity['images_hash']
+            if known != {**identity, 'images_hash': identity['images_hash'] or known['images_hash']}:
                 raise ValueError(
-                    f'runs of {task.name} saw different data for {split}: {found[split]} and {identity}; '
+                    f'runs of {task.name} saw different data for {split}: {known} and {identity}; '
                     'runs on different data must not be mixed'
                 )
+    storages = {split: identity['storage'] for split, identity in found.items()}
+    if len(set(storages.values())) > 1:
+        raise ValueError(f'runs of {task.name} saw images of different storage, which must not be mixed: {storages}')
     return found
 
 
 def _summarize_group(group: str, complete: Sequence[dict]) -> dict:
-    """Mean of a group, None unless all of its tasks are complete."""
-    scores = [entry['mean'] for entry in complete if entry['group'] == group]
+    """Mean of a group, with the number of its tasks."""
+    entries = [entry for entry in complete if entry['group'] == group]
     size = sum(task.group == group for task in TASKS.values())
-    return {'mean': fmean(scores) if len(scores) == size else None, 'complete': len(scores), 'size': size}
+    return {'mean': _mean_score(entries, size), 'complete': len(entries), 'size': size}
+
+
+def _mean_score(complete: Sequence[dict], size: int) -> float | None:
+    """Mean over tasks, None unless all are complete and of one kind of storage."""
+    storages = {entry['storage'] for entry in complete}
+    return fmean(entry['mean'] for entry in complete) if len(complete) == size and len(storages) == 1 else None
 
 
 def _remarks(campaign: Campaign, storages: Sequence[str], complete: Sequence[dict]) -> list[str]:
@@ -119,7 +130,7 @@ def _remarks(campaign: Campaign, storages: Sequence[str], complete: Sequence[dic
     elif campaign.kind == 'modified':
         remarks.append('Not the published protocol: ' + '; '.join(campaign.header['deviations']))
     if len(storages) > 1:
-        remarks.append(f'Tasks were read from different storage ({", ".join(storages)}): no mean over them is given')
+        remarks.append(f'Tasks were read from different storage ({", ".join(storages)}): no mean mixes them')
     elif storages:
         remarks.append(f'Data: {storages[0]}')
     for entry in complete:
@@ -156,12 +167,13 @@ def format_summary(summary: dict) -> str:
     ]
     header = ['task', 'group', f'{prefix}test top-1 %', 'std', 'seeds', 'chosen lr', 'val top-1 %']
     means = [
-        [f'{prefix}mean of {group}', _number(value['mean']) or f'{value["complete"]}/{value["size"]}']
+        [f'{prefix}mean of {group}', _number(value['mean']) or _why_not(value['complete'], value['size'])]
         for group, value in summary['groups'].items()
     ]
     average = summary['smoke_average'] if is_smoke else summary['average']
-    means.append([f'{prefix}mean over 19 tasks', _number(average) or _why_not(summary)])
-    means.append([f'{prefix}mean of the 3 group means', _number(summary['mean_of_groups']) or _why_not(summary)])
+    reason = _why_not(summary['complete'])
+    means.append([f'{prefix}mean over 19 tasks', _number(average) or reason])
+    means.append([f'{prefix}mean of the 3 group means', _number(summary['mean_of_groups']) or reason])
     lines = [title, '', *(f'- {remark}' for remark in summary['remarks']), '', format_table(header, rows), '']
     lines += [format_table(['', 'top-1 %'], means), '']
     if not is_smoke:
@@ -169,9 +181,9 @@ def format_summary(summary: dict) -> str:
     return '\n'.join(lines)
 
 
-def _why_not(summary: dict) -> str:
+def _why_not(complete: int, size: int = len(TASKS)) -> str:
     """Say why there is no mean."""
-    return f'{summary["complete"]}/19' if summary['complete'] < len(TASKS) else 'mixed data'
+    return f'{complete}/{size}' if complete < size else 'mixed data'
 
 
 def _published() -> str:

@@ -216,6 +216,8 @@ def test_unknown_names(root):
 def arrange(root, layout, tmp_path):
     if layout == 'parent folder':
         return root.parent
+    if 'zip' in layout and 'task' not in layout:
+        (root / 'smoke.json').unlink()  # a miniature is not read from a zip
     if layout == 'big zip':
         zip_folder(root, tmp_path / 'all.zip', 'vtab-1k/')
         return tmp_path / 'all.zip'
@@ -246,7 +248,7 @@ def test_layouts_give_the_same_data(root, layout, tmp_path):
     expected = VTAB1K(root, 'cifar', 'val200')
     expected_images = [expected.read_image(index) for index in range(4)]
     place = arrange(root, layout, tmp_path)
-    if place.suffix == '.zip':  # the sizes of the miniature are known to its folder only
+    if place.suffix == '.zip':  # without its mark, the sizes of the miniature are not accepted
         with pytest.raises(ValueError, match='4 lines, expected 200'):
             VTAB1K(place, 'cifar', 'val200')
         source = DataRoot(place).source(TASKS['cifar'])
@@ -266,6 +268,30 @@ def test_a_zip_cut_off_in_the_download_is_named(root, tmp_path):
     (tmp_path / 'all.zip').write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r'all.zip is no zip or was cut off'):
         DataRoot(tmp_path / 'all.zip')
+
+
+def test_the_big_zip_is_read_like_its_folder(root, tmp_path):
+    """With the sizes of VTAB-1K, which is what a zip has to have."""
+    paths = [f'images/val200/{index:06d}.jpg' for index in range(200)]
+    labels = [index % 100 for index in range(200)]
+    with zipfile.ZipFile(tmp_path / 'all.zip', 'w', zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr('vtab-1k/cifar/val200.txt', ''.join(f'{p} {n}\n' for p, n in zip(paths, labels, strict=True)))
+        for index, path in enumerate(paths):
+            opened.writestr(f'vtab-1k/cifar/{path}', jpeg(np.full((8, 8, 3), index, np.uint8)))
+    dataset = VTAB1K(tmp_path / 'all.zip', 'cifar', 'val200')
+    assert dataset.labels.tolist() == labels
+    dataset = pickle.loads(pickle.dumps(dataset))  # as worker processes get it
+    assert [int(dataset[index]['img'].mean()) for index in (0, 7, 199)] == [0, 7, 199]
+    folder = tmp_path / 'extracted'
+    zipfile.ZipFile(tmp_path / 'all.zip').extractall(folder)
+    assert VTAB1K(folder, 'cifar', 'val200').list_hash == dataset.list_hash
+
+
+def test_a_zipped_miniature_is_not_taken_for_the_real_thing(root, tmp_path):
+    for number, prefix in enumerate(('', 'vtab-1k/')):
+        zip_folder(root, tmp_path / f'{number}.zip', prefix)
+        with pytest.raises(ValueError, match='the miniature is read from its folder only'):
+            DataRoot(tmp_path / f'{number}.zip')
 
 
 def test_damage_inside_of_a_zip_is_named(root):

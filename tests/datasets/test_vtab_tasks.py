@@ -19,6 +19,32 @@ def test_accepted_sizes():
         TASKS['kitti'].accepted_sizes('train')
 
 
+def test_builders_and_versions():
+    table = [(task.builder, task.versions) for task in TASKS.values()]
+    assert table == [
+        ('caltech101', '3.*'),
+        ('cifar100', '3.*'),
+        ('dtd', '3.*'),
+        ('oxford_flowers102', '2.*'),
+        ('oxford_iiit_pet', '3.*'),
+        ('sun397/tfds', '4.*'),
+        ('svhn_cropped', '3.*'),
+        ('patch_camelyon', '2.*'),
+        ('eurosat/rgb', '2.*'),
+        ('resisc45', '3.*'),
+        ('diabetic_retinopathy_detection/btgraham-300', '3.*'),
+        ('clevr', '3.*'),
+        ('clevr', '3.*'),
+        ('dmlab', '2.0.1'),
+        ('kitti', '3.*'),
+        ('dsprites', '2.*'),
+        ('dsprites', '2.*'),
+        ('smallnorb', '2.*'),
+        ('smallnorb', '2.*'),
+    ]
+    assert [task.name for task in TASKS.values() if task.manual] == ['resisc45', 'diabetic_retinopathy']
+
+
 @pytest.mark.parametrize('name', TASKS)
 def test_label_names(name):
     names = label_names(name)

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 
-from mmvil.datasets.vtab_tasks import SPLITS, TASKS
+from mmvil.datasets.vtab import VTAB1K
+from mmvil.datasets.vtab_tasks import DERIVED_NAMES, SPLITS, TASKS, label_names
 from mmvil.datasets.vtab_tfds import example_to_image, example_to_label, open_builder, split_instructions
+from mmvil.evaluation.check import check_root
+from mmvil.evaluation.prepare import prepare_tasks
 
 # Sizes of the TFDS splits in the versions that the tasks are defined on.
 TFDS_SIZES = {
@@ -129,3 +132,57 @@ def test_features_of_the_real_builders(name, tmp_path):
         for example in tfds.as_numpy(builder.as_dataset(split='train')):
             assert example_to_image(task, example).shape[2] == 3
             assert 0 <= example_to_label(task, example) < task.num_classes
+
+
+@pytest.mark.parametrize('name', [name for name in TASKS if name not in DERIVED_NAMES])
+def test_label_names_are_those_of_the_real_builders(name, tmp_path):
+    tfds = pytest.importorskip('tensorflow_datasets')
+    with tfds.testing.mock_data(num_examples=1):
+        builder = open_builder(TASKS[name], tmp_path, any_version=True)
+    names = builder.info.features['label'].names
+    assert len(names) == TASKS[name].num_classes
+    if names[0] != '0':  # three of them have numbers until their records are there
+        assert tuple(names) == label_names(name)
+
+
+def make_kitti(count, offset, box):
+    """Examples whose number is written into the pixels, the closest car 5, 15 or 30 m away in turn."""
+    for index in range(count):
+        image = np.full((3, 5, 3), 40, np.uint8)
+        image[0, 0] = (offset + index) // 256, (offset + index) % 256, index % 3
+        thing = dict(alpha=0.0, bbox=box, dimensions=[1.0] * 3, occluded=0, rotation_y=0.0)
+        thing.update(location=[0.0, 0.0, (5.0, 15.0, 30.0)[index % 3]], truncated=0.0, type=0)
+        yield index, {'image': image, 'image/file_name': f'{index}.png', 'objects': [thing]}
+
+
+def test_real_records_are_read_and_written_out_alike(tmp_path, monkeypatch):
+    """Runs where tensorflow-datasets is installed: records as its KITTI builder writes them, in the true numbers."""
+    tfds = pytest.importorskip('tensorflow_datasets')
+    pytest.importorskip('importlib_resources')
+    builder = tfds.builder('kitti', data_dir=str(tmp_path / 'tfds'))
+    box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+    sizes = (('train', 6_347), ('validation', 423), ('test', 711))
+    parts = {name: make_kitti(count, 10_000 * number, box) for number, (name, count) in enumerate(sizes)}
+    monkeypatch.setattr(type(builder), '_split_generators', lambda self, manager: parts)
+    builder.download_and_prepare()
+    assert prepare_tasks(tmp_path / 'png', tmp_path / 'tfds', ['kitti'], download=False) == {}
+    reports = [check_root(tmp_path / place, ['kitti']).tasks[0] for place in ('tfds', 'png')]
+    assert [(report.storage, report.faults) for report in reports] == [('TFDS', []), ('lossless (PNG)', [])]
+    for split in SPLITS:
+        records, files = (VTAB1K(tmp_path / place, 'kitti', split) for place in ('tfds', 'png'))
+        images = [records.read_image(index) for index in range(len(records))]
+        assert all((files.read_image(index) == image).all() for index, image in enumerate(images))
+        assert [int(image[0, 0, 0]) for image in images] == records.labels.tolist() == files.labels.tolist()
+        numbers = [int(image[0, 0, 2]) * 256 + int(image[0, 0, 1]) for image in images]
+        assert len(set(numbers)) == len(numbers)
+        assert {number // 10_000 for number in numbers} == {
+            'train800': {0},
+            'val200': {1},
+            'train800val200': {0, 1},
+            'test': {2},
+        }[split]
+    shard = next((tmp_path / 'tfds/kitti').rglob('*validation.tfrecord*'))
+    shard.write_bytes(shard.read_bytes()[:4_000])
+    faults = check_root(tmp_path / 'tfds', ['kitti']).tasks[0].faults
+    assert [fault.split(':')[0] for fault in faults] == ['val200', 'train800val200']
+    assert all(' of kitti/3.3.0 is unreadable or truncated' in fault for fault in faults)

@@ -33,6 +33,7 @@ def test_good_data_has_no_faults(template):
     assert report.smoke
     assert 'SMOKE data' in format_report(report)
     assert any('of 397 classes, which is normal' in note for task in report.tasks for note in task.notes)
+    assert any('classes of val200 do not occur in train800' in note for task in report.tasks for note in task.notes)
     assert len({found.list_hash for task in report.tasks for found in task.lists.values()}) > 19
 
 
@@ -114,6 +115,21 @@ def test_both_revisions_of_caltech101_are_accepted(tmp_path, size, is_good):
     assert not report.smoke
     assert (faults_of(report) == {}) == is_good
     assert f'test has {size} images; revisions with 6084 and 6085 are in use' in report.tasks[0].notes
+
+
+def test_a_damaged_archive_is_reported_member_by_member(root, tmp_path):
+    archive, damaged = tmp_path / 'vtab-1k.zip', ['images/test/000002.jpg', 'val200.txt']
+    with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED) as opened:
+        for path in sorted((root / 'cifar').rglob('*')):
+            opened.write(path, f'vtab-1k/cifar/{path.relative_to(root / "cifar").as_posix()}')
+        starts = [opened.getinfo(f'vtab-1k/cifar/{name}').header_offset + 30 + 14 + len(name) for name in damaged]
+    content = bytearray(archive.read_bytes())
+    for start in starts:
+        content[start] = 0xFF  # a kind of block that deflate does not have
+    archive.write_bytes(content)
+    faults = check_root(archive, ['cifar']).tasks[0].faults
+    assert any(f.startswith('val200.txt is unreadable: vtab-1k/cifar/val200.txt in ') for f in faults)
+    assert any(f.startswith('test.txt line 3: images/test/000002.jpg is unreadable: ') for f in faults)
 
 
 def test_an_archive_with_12_of_19_sets_names_the_other_seven(template, tmp_path):

@@ -118,6 +118,17 @@ def test_every_run_starts_from_the_same_weights(cpu):
     assert not torch.equal(factory.fresh(5, 4).head.fc.weight, first['head.fc.weight'])
 
 
+@pytest.mark.parametrize('options', [{}, {'drop_path_rate': 0.3}])
+def test_drop_path_is_off_in_backbones_that_have_it_by_default(cpu, options):
+    arch = dict(embed_dims=8, depths=[2, 2], num_heads=[1, 1])
+    swin = dict(type='SwinTransformer', arch=arch, img_size=32, window_size=4, out_indices=(1,), **options)
+    settings = settings_for(swin, dict(type='GlobalAveragePooling'))
+    settings.cached_pipeline = [dict(type='mmpretrain.Resize', scale=(32, 32))]
+    backbone = ModelFactory(settings, None, cpu, from_scratch=True).model.backbone
+    rates = [module.drop_prob for module in backbone.modules() if type(module).__name__ == 'DropPath']
+    assert set(rates) == {0.0}
+
+
 def test_missing_weights_stop(cpu, tmp_path):
     weights = scratch(VIT, cpu).model.backbone.state_dict()
     weights.pop('pos_embed')
@@ -134,5 +145,7 @@ def test_random_weights_are_used_on_purpose_only(cpu, tmp_path):
     torch.save({'backbone.a': torch.zeros(1)}, tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='without a config the checkpoint must be official'):
         ModelFactory(load_settings(None, {'cached_pipeline': RESIZE}), tmp_path / 'other.pth', cpu)
+    with pytest.raises(ValueError, match="no backbone 'Nothing' is registered"):
+        scratch(dict(type='Nothing'), cpu)
     with pytest.raises(ValueError, match='must be an ImageClassifier'):
         ModelFactory(load_settings(None, {'model': dict(type='TimmClassifier')}), None, cpu, from_scratch=True)

@@ -1,5 +1,6 @@
 """Preparation from TFDS, on a stand-in with the builders' recorded sizes and a handful of its functions."""
 
+import hashlib
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mmvil.datasets.vtab import VTAB1K
+from mmvil.datasets.vtab_tasks import SPLITS
 from mmvil.evaluation.check import check_root
 from mmvil.evaluation.command import main
 from mmvil.evaluation.prepare import prepare_tasks
@@ -111,6 +113,22 @@ def test_manual_downloads_and_versions_are_explained(stand_in, tmp_path, capsys)
     assert not (tmp_path / 'out/resisc45').exists()
 
 
+def test_a_download_that_fails_does_not_keep_the_other_tasks_from_being_written(stand_in, tmp_path, monkeypatch):
+    class NonMatchingChecksumError(Exception):
+        """As TFDS's, which is a plain exception."""
+
+    def download_and_prepare(self):
+        if self.name == 'resisc45':
+            raise NonMatchingChecksumError('got another file')
+
+    monkeypatch.setattr(NonMatchingChecksumError, '__module__', 'tensorflow_datasets.core.download.download_manager')
+    monkeypatch.setattr(StandInBuilder, 'download_and_prepare', download_and_prepare)
+    failures = prepare_tasks(tmp_path / 'out', tmp_path, ['resisc45', 'kitti'], any_version=True)
+    assert list(failures) == ['resisc45']
+    assert failures['resisc45'].startswith('resisc45/4.0.0 could not be downloaded and prepared: got another file')
+    assert (tmp_path / 'out/kitti/test.txt').is_file()
+
+
 def test_records_are_read_without_writing_them_out(stand_in, tmp_path):
     (tmp_path / 'kitti/3.3.0').mkdir(parents=True)
     (tmp_path / 'kitti/3.3.0/dataset_info.json').write_text('{}')
@@ -121,8 +139,33 @@ def test_records_are_read_without_writing_them_out(stand_in, tmp_path):
     report = check_root(tmp_path, ['kitti'])
     assert (report.num_faults, report.tasks[0].storage) == (0, 'TFDS')
     assert 'val200 is validation[0:200] of kitti/3.3.0' in report.tasks[0].notes
+    found = report.tasks[0].lists
+    assert {split: found[split].count for split in SPLITS} == dict(zip(SPLITS, (800, 200, 1000, 711), strict=True))
+    assert found['val200'].list_hash == dataset.list_hash
+    digest = hashlib.sha256(b''.join(dataset.read_with_hash(index)[1] for index in range(200)))
+    assert found['val200'].images_hash == digest.hexdigest()
+    assert check_root(tmp_path, ['kitti'], read_images=False).tasks[0].lists == {}
     with pytest.raises(PermissionError):
         VTAB1K(tmp_path, 'kitti', 'test', open_splits=('train800',))
+
+
+def test_records_that_cannot_be_read_are_a_fault(stand_in, tmp_path, monkeypatch):
+    class DataLossError(Exception):
+        """As TensorFlow's, which is neither an OSError nor a ValueError."""
+
+    def as_dataset(self, split, **options):
+        yield make_example(0)
+        raise DataLossError('truncated record at 3655')
+
+    (tmp_path / 'kitti/3.3.0').mkdir(parents=True)
+    (tmp_path / 'kitti/3.3.0/dataset_info.json').write_text('{}')
+    monkeypatch.setattr(StandInBuilder, 'as_dataset', as_dataset)
+    monkeypatch.setattr(DataLossError, '__module__', 'tensorflow.python.framework.errors_impl')
+    faults = check_root(tmp_path, ['kitti']).tasks[0].faults
+    assert len(faults) == len(SPLITS)
+    assert faults[3] == 'test: test of kitti/3.3.0 is unreadable or truncated: truncated record at 3655'
+    with pytest.raises(ValueError, match=r'train\[:800\] of kitti/3.3.0'):
+        VTAB1K(tmp_path, 'kitti', 'train800val200')
 
 
 def test_records_that_are_not_there_are_a_fault(stand_in, tmp_path, monkeypatch):

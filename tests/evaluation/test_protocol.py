@@ -32,6 +32,21 @@ def test_the_values_of_the_protocol():
     assert (protocol['epochs'], protocol['batch_size']) == (50, 64)
     assert 19 * len(plan_tuning_runs(TASKS['cifar'], protocol)) == 475
     assert 19 * len(plan_final_runs(TASKS['cifar'], protocol, 1e-3)) == 95
+    wrapper = STANDARD['optim_wrapper']
+    assert (wrapper['type'], wrapper['dtype']) == ('AmpOptimWrapper', 'bfloat16')
+    assert set(wrapper) == {'type', 'dtype', 'loss_scale', 'optimizer', 'constructor', 'paramwise_cfg'}  # no clipping
+    optimizer = wrapper['optimizer']
+    assert (optimizer['type'], optimizer['betas'], optimizer['weight_decay']) == ('AdamW', (0.9, 0.999), 0.05)
+    assert STANDARD['task_head']['loss'] == {'type': 'mmpretrain.CrossEntropyLoss', 'loss_weight': 1.0}
+    assert len(STANDARD['cached_pipeline']) == 1  # the resize, no augmentation
+    resize = STANDARD['cached_pipeline'][0]
+    assert (resize['scale'], resize['keep_ratio']) == ((224, 224), False)
+    assert (resize['interpolation'], resize['backend']) == ('bicubic', 'pillow')
+    assert STANDARD['data_preprocessor'] == {
+        'mean': [123.675, 116.28, 103.53],
+        'std': [58.395, 57.12, 57.375],
+        'to_rgb': True,
+    }
 
 
 def test_selection_takes_the_highest_mean_over_seeds_not_the_highest_score():
@@ -84,7 +99,9 @@ def test_an_mmpretrain_config_gives_its_model_and_nothing_else(tmp_path):
         ({'protocol.seeds': [1, 1]}, 'seeds must be a list of different numbers'),
         ({'protocol.learning_rates': []}, 'learning_rates must be a list'),
         ({'protocol.learning_rates': [-1e-3]}, 'learning_rates must be positive'),
-        ({'protocol.epoch': 3}, r"unknown keys \['epoch'\]"),
+        ({'protocol.epoch': 3}, r"protocol has unknown keys \['epoch'\]"),
+        ({'runtime.num_thread': 3}, r"runtime has unknown keys \['num_thread'\]"),
+        ({'optimwrapper.optimizer.lr': 3}, r"an override has unknown keys \['optimwrapper'\]"),
     ],
 )
 def test_values_that_make_no_sense(overrides, message):

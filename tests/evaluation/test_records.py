@@ -46,6 +46,22 @@ def test_files_are_whole_or_absent(tmp_path):
     assert sorted(file.name for file in path.parent.iterdir()) == ['other', 'record.json']
 
 
+def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / 'record.json'
+    write_atomically(path, '{"a": 1}')
+
+    def break_off(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, 'fsync', break_off)
+    for write in (write_atomically, write_once):
+        for target in (path, tmp_path / 'new.json'):
+            with pytest.raises(KeyboardInterrupt):
+                write(target, '{"a": 2}')
+    assert read_record(path) == {'a': 1}
+    assert not (tmp_path / 'new.json').exists()
+
+
 def test_damaged_records(tmp_path):
     (tmp_path / 'a').write_text('{"a": ')
     (tmp_path / 'b').write_text('[]')

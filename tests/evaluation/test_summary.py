@@ -3,12 +3,14 @@ import io
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from PIL import Image
 
 from mmvil.datasets.vtab_tasks import GROUPS, TASKS
 from mmvil.evaluation.campaign import Campaign, campaign_identity
 from mmvil.evaluation.command import main
+from mmvil.evaluation.figure import draw_summary
 from mmvil.evaluation.protocol import STANDARD, load_settings
 from mmvil.evaluation.published import PUBLISHED, PUBLISHED_TASKS
 from mmvil.evaluation.summary import format_summary, summarize, write_summary
@@ -99,16 +101,45 @@ def test_a_smoke_run_is_never_a_vtab_score(tmp_path):
     assert all(row[0] in ('kind', 'smoke') for row in csv.reader(io.StringIO(paths[1].read_text())))
 
 
-def test_another_protocol_is_named(tmp_path):
+def titles(summary, monkeypatch):
+    """All headings of the bar plot."""
+    said = []
+    suptitle = Figure.suptitle
+    monkeypatch.setattr(
+        Figure, 'suptitle', lambda self, text, **options: said.append(text) or suptitle(self, text, **options)
+    )
+    draw_summary(summary)
+    return ' '.join(said)
+
+
+def test_the_bar_plot_says_what_it_is(tmp_path, monkeypatch):
+    make_campaign(tmp_path / 'a', ['kitti'])
+    assert titles(summarize(tmp_path / 'a'), monkeypatch) == 'VTAB-1K, 1/19 tasks complete'
+    make_campaign(tmp_path / 'b', smoke=True)
+    assert titles(summarize(tmp_path / 'b'), monkeypatch) == 'SMOKE RUN on a miniature: these are not VTAB scores'
+    with pytest.raises(ValueError, match=r"no published scores for \['X'\]"):
+        draw_summary(summarize(tmp_path / 'a'), ['X'])
+
+
+def test_another_protocol_is_named(tmp_path, monkeypatch):
     make_campaign(tmp_path, ['kitti'], overrides={'protocol.epochs': 100})
-    assert 'Not the published protocol: protocol.epochs: 100 instead of 50' in format_summary(summarize(tmp_path))
+    summary = summarize(tmp_path)
+    assert 'Not the published protocol: protocol.epochs: 100 instead of 50' in format_summary(summary)
+    assert 'not by the published protocol' in titles(summary, monkeypatch)
 
 
 def test_different_storage_is_never_averaged(tmp_path):
     make_campaign(tmp_path, storage={'cifar': 'TFDS'})
     summary = summarize(tmp_path)
-    assert (summary['complete'], summary['average']) == (19, None)
-    assert 'mixed data' in format_summary(summary)
+    assert (summary['complete'], summary['average'], summary['mean_of_groups']) == (19, None, None)
+    assert summary['groups']['natural']['mean'] is None
+    assert summary['groups']['structured']['mean'] == pytest.approx(64.7)
+    lines = format_summary(summary).splitlines()
+    assert [line.split('|')[1].strip() for line in lines if 'mixed data' in line] == [
+        'mean of natural',
+        'mean over 19 tasks',
+        'mean of the 3 group means',
+    ]
     assert 'different storage (TFDS, zip (JPEG))' in format_summary(summary)
 
 
@@ -119,6 +150,17 @@ def test_runs_on_different_data_are_refused(tmp_path):
     record['data']['test']['images_hash'] = 'other'
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match='runs of kitti saw different data for test'):
+        summarize(tmp_path)
+    record['data']['test']['images_hash'] = ''  # of images that were streamed no hash is taken
+    path.write_text(json.dumps(record))
+    assert summarize(tmp_path)['campaign']['data']['kitti']['test']['images_hash'] == 'kitti'
+
+
+def test_tuning_and_test_on_different_storage_are_refused(tmp_path):
+    campaign = make_campaign(tmp_path, ['kitti'])
+    for run in campaign.final_runs(TASKS['kitti']):
+        campaign.save(run, make_record('kitti', 600, 1000, ('train800val200', 'test'), 'lossless (PNG)'))
+    with pytest.raises(ValueError, match='runs of kitti saw images of different storage'):
         summarize(tmp_path)
 
 

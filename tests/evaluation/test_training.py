@@ -1,10 +1,12 @@
 import math
+import shutil
 from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 
-from mmvil.datasets.vtab_tasks import TASKS
+from mmvil.evaluation import training
 from mmvil.evaluation.data import LoadedSplit, load_split
 from mmvil.evaluation.models import ModelFactory
 from mmvil.evaluation.protocol import FINAL_SPLITS, STANDARD, TUNING_SPLITS, load_settings
@@ -43,6 +45,15 @@ def test_tuning_cannot_load_the_test_split(tiny_settings, tiny_root, cpu):
     for split in FINAL_SPLITS:
         with pytest.raises(PermissionError, match='is closed here'):
             load(tiny_settings, tiny_root, split, cpu)
+
+
+def test_lossy_and_lossless_images_are_not_mixed(tiny_settings, tiny_root, cpu, tmp_path):
+    root = shutil.copytree(tiny_root, tmp_path / 'vtab-1k')
+    path = root / 'eurosat/images/train800/000003.jpg'
+    with Image.open(path) as image:
+        image.save(path, format='PNG')
+    with pytest.raises(ValueError, match=r"different storage are mixed in train800: \['jpeg', 'png'\]"):
+        load(tiny_settings, root, 'train800', cpu)
 
 
 def test_images_must_have_one_size(tiny_settings, tiny_root, cpu, monkeypatch):
@@ -95,6 +106,22 @@ def test_layer_decay_is_that_of_the_published_runs(published_optimizer):
     assert rate['backbone.norm.weight'] == rate['backbone.pool_norm.weight'] == rate['head.fc.weight'] == 1.0
 
 
+def test_layer_decay_of_a_vit_is_that_of_the_published_runs(cpu):
+    arch = dict(embed_dims=16, num_layers=12, num_heads=2, feedforward_channels=16)
+    backbone = dict(type='mmpretrain.VisionTransformer', arch=arch, img_size=8, patch_size=4)
+    resize = [dict(type='mmpretrain.Resize', scale=(8, 8))]
+    settings = load_settings(None, {'model': dict(backbone=backbone), 'cached_pipeline': resize})
+    model = ModelFactory(settings, None, cpu, from_scratch=True).fresh(10, 0)
+    groups = groups_by_name(model, build_optimizer(model, settings, 5e-4, 12)[0])
+    for name in ('cls_token', 'pos_embed', 'patch_embed.projection.weight'):
+        assert groups[f'backbone.{name}']['lr_scale'] == pytest.approx(0.65**13)
+    for block in range(12):
+        assert groups[f'backbone.layers.{block}.attn.qkv.weight']['lr_scale'] == pytest.approx(0.65 ** (12 - block))
+    assert groups['backbone.ln1.weight']['lr_scale'] == groups['head.fc.weight']['lr_scale'] == 1.0
+    assert groups['backbone.pos_embed']['weight_decay'] == 0.05
+    assert groups['backbone.ln1.weight']['weight_decay'] == groups['head.fc.bias']['weight_decay'] == 0.0
+
+
 def test_weight_decay_spares_biases_and_vectors_only(published_optimizer):
     model, _, optimizer, _ = published_optimizer
     for name, group in groups_by_name(model, optimizer).items():
@@ -102,6 +129,19 @@ def test_weight_decay_spares_biases_and_vectors_only(published_optimizer):
         expected = 0.0 if parameter.dim() <= 1 or name.endswith('.bias') else 0.05
         assert group['weight_decay'] == expected, name
     assert groups_by_name(model, optimizer)['backbone.pos_embed']['weight_decay'] == 0.05
+
+
+def test_training_runs_in_bf16_unless_on_a_cpu(tiny_settings, monkeypatch):
+    built = []
+    monkeypatch.setattr(training, 'build_optim_wrapper', lambda model, config: built.append(config))
+    tiny_settings.param_scheduler = []
+    for device in ('meta', 'cpu'):  # the first stands for any other device
+        build_optimizer(torch.nn.Linear(1, 1, device=device), tiny_settings, 5e-4, 1)
+    elsewhere, cpu = built
+    assert (elsewhere['type'], elsewhere['dtype']) == ('AmpOptimWrapper', 'bfloat16')
+    assert cpu['type'] == 'OptimWrapper'
+    assert elsewhere['optimizer'] == cpu['optimizer']
+    assert cpu['optimizer']['lr'] == 5e-4
 
 
 def test_the_schedule_warms_up_over_a_tenth_and_ends_near_zero(published_optimizer):
@@ -153,9 +193,9 @@ def test_incomplete_batches_are_dropped_and_seeds_matter(tiny_settings, tiny_roo
     tiny_settings.protocol.batch_size = 7
     losses = []
     for seed in (0, 1, 0):
-        training = train_model(factory.fresh(10, seed), split, tiny_settings, 1e-2, seed)
-        assert training.steps == 2 * (16 // 7)
-        losses.append(training.final_loss)
+        done = train_model(factory.fresh(10, seed), split, tiny_settings, 1e-2, seed)
+        assert done.steps == 2 * (16 // 7)
+        losses.append(done.final_loss)
     assert losses[0] == losses[2] != losses[1]
     tiny_settings.protocol.batch_size = 17
     with pytest.raises(ValueError, match='at least one batch of 17 images'):
@@ -177,9 +217,9 @@ def test_training_learns_its_images(tiny_settings, tiny_root, factory, cpu):
 def test_a_diverged_training_stops_and_says_so(tiny_settings, factory, cpu):
     images = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
     split = LoadedSplit(None, torch.zeros(16, dtype=torch.int64), images, {})
-    training = train_model(factory.fresh(10, 0), split, tiny_settings, math.inf, 0)
-    assert training.diverged
-    assert training.steps == 2  # one epoch of two
+    done = train_model(factory.fresh(10, 0), split, tiny_settings, math.inf, 0)
+    assert done.diverged
+    assert done.steps == 2  # one epoch of two
 
 
 def test_counting_is_top_1(factory, cpu):
@@ -194,10 +234,6 @@ def test_counting_is_top_1(factory, cpu):
     split = LoadedSplit(None, torch.tensor([0, 1, 0, 0]), images, {})
     result = count_correct(Fixed(), split, 3)
     assert (result.correct, result.total) == (3, 4)
-
-
-def test_head_size_comes_from_the_table(factory, tiny_root, tiny_settings, cpu):
-    assert factory.fresh(TASKS['sun397'].num_classes, 0).head.fc.out_features == 397
 
 
 def test_drop_path_is_off_whatever_the_config_says(factory):
