@@ -125,7 +125,7 @@ class Campaign:
     def save(self, run: Run, record: dict) -> None:
         """Write the record of a run."""
         record = {'run': asdict(run), 'fingerprint': self.header['fingerprint'], 'kind': self.kind, **record}
-        write_atomically(self.record_path(run), json.dumps(record, indent=2) + '\n')
+        write_atomically(self.record_path(run), json.dumps(record, indent=2, allow_nan=False) + '\n')
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:

@@ -133,7 +133,7 @@ class Worker:
             'accuracy': 100 * correct / evaluation.total,
             'correct': correct,
             'total': evaluation.total,
-            'training': asdict(training),
+            'training': asdict(training) | ({'final_loss': None} if training.diverged else {}),  # JSON has no NaN
             'evaluation_seconds': evaluation.seconds,
             'data': {split: self._splits[run.task, split].identity for split in splits},
             'environment': self.environment,

@@ -195,6 +195,9 @@ def test_a_diverged_run_counts_as_nothing_right_and_does_not_win(tiny_config, ti
     tuned = {run: campaign.record(run) for run in campaign.tuning_runs(find_task('kitti'))}
     assert [record['correct'] for run, record in tuned.items() if run.learning_rate == 1e-2] == [0, 0]
     assert [record['accuracy'] for run, record in tuned.items() if run.learning_rate == 1e-3] == [100, 100]
+    assert [record['training']['final_loss'] is None for record in tuned.values()] == [
+        r.learning_rate == 1e-2 for r in tuned
+    ]
     assert campaign.chosen_rate(find_task('kitti')) == 1e-3  # the first rate would win if both were equal
     assert 'kitti: 2 runs diverged and count as 0 %' in summarize(tmp_path / 'work')['remarks']
 
