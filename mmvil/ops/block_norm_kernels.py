@@ -33,7 +33,7 @@ def normalise(
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['S'])
 def output_kernel(
     h_ptr, h_batch, h_head, h_row, pre_ptr, z_ptr, z_batch, z_row, w_ptr, b_ptr, skip_ptr, y_ptr, S, E, eps,
     HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
