@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,6 +36,21 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_built() -> Iterator[None]:
+    """Fail a test whose kernels were given up: plain torch took over, and nothing that it shows is about them.
+
+    Tests that want this to happen put other dicts in the place of these.
+    """
+    yield
+    given_up = []
+    for module, name in (('mmvil.ops.custom_op', 'compile_failures'), ('mmvil.models.fused', '_device_reasons')):
+        reasons = getattr(sys.modules.get(module), name, {})
+        failed = [key for key, why in reasons.items() if name == 'compile_failures' or 'cannot be built' in str(why)]
+        given_up += [reasons.pop(key) for key in failed]  # each test is to try for itself
+    assert not given_up, f'the kernels were not built, plain torch ran: {given_up}'
 
 
 @pytest.fixture

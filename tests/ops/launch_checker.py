@@ -2,7 +2,8 @@
 
 Nothing is compiled. A stand-in for a compiled kernel knows what Triton was about to compile it for (which numbers are
 one or divisible by 16, which addresses are aligned, types, constants) and holds every launch against that. Prints one
-JSON line: kernels compiled and launches in all, at first and after more image sizes, and what was wrong.
+JSON line: kernels compiled and launches in all, at first and after more image sizes, what was wrong, and by what runs
+the names of the kernels that ten other batch and image sizes compile after the first one of its kind.
 """
 
 import json
@@ -17,6 +18,28 @@ from triton.compiler import CompiledKernel
 from mmvil.ops import fast_launch
 
 COUNTS = {'compiled': 0, 'all': 0}
+NAMES: list[str] = []
+# By what runs: the first size and ten or more others, as (batch, rows, columns). One and multiples of 16 are what
+# Triton would compile anew for. Up to 256 tokens one kernel scans the gates; above 1,024 the chunkwise form runs.
+SIZES = {
+    'block': [
+        (2, 14, 14),
+        (1, 1, 1), (1, 4, 4), (2, 3, 5), (3, 7, 7), (16, 2, 2), (1, 12, 12), (5, 14, 14), (7, 13, 15), (2, 16, 16),
+        (1, 1, 16),
+    ],
+    'long block': [
+        (2, 17, 19),
+        (1, 17, 19), (1, 16, 17), (1, 32, 32), (3, 20, 30), (1, 18, 18), (2, 19, 29), (16, 17, 17), (1, 1, 257),
+        (1, 512, 1), (1, 24, 32),
+    ],
+    'chunkwise block': [
+        (2, 33, 33),
+        (1, 33, 33), (1, 35, 41), (3, 33, 37), (1, 48, 48), (2, 40, 30), (1, 64, 64), (1, 1, 1025), (16, 33, 32),
+        (1, 2048, 1), (1, 39, 39),
+    ],
+}  # fmt: skip
+SIZES['quadratic'] = SIZES['block'] + SIZES['long block'][1:]
+SIZES['chunkwise'] = SIZES['block'] + SIZES['chunkwise block'][1:]
 PROBLEMS: list[str] = []
 GIVEN: list[object] = []
 """What the launcher gave for the launch in hand: tensors, where a direct launch has addresses."""
@@ -95,6 +118,42 @@ def run_blocks(shapes: Sequence[tuple[int, int, int]]) -> None:
             mlstm_triton(q.requires_grad_(), k, v, *gates, bool(rows % 2), 1e-6, form).sum().backward()
 
 
+def run_size(kind: str, block: object, batch: int, rows: int, columns: int) -> None:
+    """One size of a block, in training and inference, or of the cell alone."""
+    from mmvil.models.fused import run_fused
+    from mmvil.ops.custom_op import mlstm_triton
+
+    if kind in ('quadratic', 'chunkwise'):
+        q, k, v = torch.zeros(3, batch, rows * columns, 4, 32, dtype=torch.bfloat16).transpose(2, 3)
+        igate, fgate = (torch.zeros(batch, 4, rows * columns) for _ in range(2))
+        mlstm_triton(q.requires_grad_(), k, v, igate, fgate, block.layer.reverse, 1e-6, kind).sum().backward()
+        return
+    x = torch.zeros(batch, rows * columns, block.layer.embed_dims, requires_grad=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        run_fused(block, x, (rows, columns)).sum().backward()
+        with torch.no_grad():
+            run_fused(block, x, (rows, columns))
+
+
+def compiled_by_sizes() -> dict[str, list[str]]:
+    """Names of the kernels that other sizes compile, by what runs."""
+    from mmvil.models import ViLBlock
+
+    v1 = {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False, 'norm_bias': False}
+    found = {}
+    for kind, (first, *others) in SIZES.items():
+        found[kind] = []
+        for options in ({}, v1) if 'block' in kind else ({},):
+            for reverse in (False, True):
+                block = ViLBlock(64, reverse, drop_path_rate=0.5, **options)
+                run_size(kind, block, *first)
+                before = len(NAMES)
+                for size in others:
+                    run_size(kind, block, *size)
+                found[kind] += NAMES[before:]
+    return found
+
+
 def main() -> None:
     """Patch Triton, run, report."""
     driver = Driver()
@@ -103,6 +162,7 @@ def main() -> None:
 
     def compile_nothing(source: object, target: object = None, options: object = None, **_: object) -> Compiled:
         COUNTS['compiled'] += 1
+        NAMES.append(source.fn.fn.__name__)
         return Compiled(source)
 
     key_and_values = fast_launch._key_and_values
@@ -116,7 +176,9 @@ def main() -> None:
     run_blocks([(1, 1, 1), (2, 4, 4), (3, 3, 5), (2, 8, 8), (1, 1, 16), (4, 5, 7), (16, 2, 2), (2, 9, 16), (2, 4, 4)])
     before = dict(COUNTS)
     run_blocks([(2, 3, 16), (5, 7, 11), (4, 16, 16), (3, 20, 3)])
-    print(json.dumps({'first': before, 'then': COUNTS, 'problems': PROBLEMS[:20]}))
+    then = dict(COUNTS)
+    sizes = compiled_by_sizes()
+    print(json.dumps({'first': before, 'then': then, 'problems': PROBLEMS[:20], 'sizes': sizes}))
 
 
 if __name__ == '__main__':

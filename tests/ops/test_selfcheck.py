@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from mmvil.ops import selfcheck
+from mmvil.ops import custom_op, selfcheck
 from mmvil.ops.custom_op import FORMS
 
 CPU = torch.device('cpu')
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')  # asked before the fixture below hides it
 HEALTHY = json.dumps({'errors': dict.fromkeys(selfcheck.NAMES, 0.0)})
 
 
@@ -69,11 +70,26 @@ def test_a_hanging_compiler_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'not finished' in result['failure']
 
 
-def test_triton_cases_cover_both_forms_and_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_cases_cover_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     found = selfcheck.cases('triton', CPU)
     assert {case.form for case in found} == set(FORMS)
     assert {case.dtype for case in found} == {'float16', 'float32'}  # the interpreter computes bfloat16 wrongly
-    case = selfcheck.Case('triton', 'quadratic', 'float32', 20, 24, True)
-    passed, line = selfcheck.verdict(case, selfcheck.check(case, CPU))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_triton_cases_run_here(form: str) -> None:
+    """In the interpreter or on the device, as in all tests: kernels are made for one of them when they are imported."""
+    case = selfcheck.Case('triton', form, 'float32', 20, 24, True)
+    passed, line = selfcheck.verdict(case, selfcheck.check(case, DEVICE))
     assert passed, line
+
+
+def test_kernels_that_do_not_compile_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch takes over in `mlstm`, which must not pass for a result of the kernels."""
+    module = custom_op._module('quadratic')
+    monkeypatch.setattr(custom_op, 'compile_failures', failures := {})
+    monkeypatch.setattr(selfcheck, 'compile_failures', failures)
+    monkeypatch.setattr(module, 'backward', lambda *_: (_ for _ in ()).throw(RuntimeError('PassManager::run failed')))
+    with pytest.warns(UserWarning, match='do not compile'), pytest.raises(RuntimeError, match='PassManager'):
+        selfcheck.check(selfcheck.Case('triton', 'quadratic', 'float32', 20, 24, True), DEVICE)
