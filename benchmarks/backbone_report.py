@@ -18,12 +18,11 @@ BACKWARD_PRODUCTS, BACKWARD_CELL = 2, 2.5
 # Bytes that a launch of a kernel has to move, in units of S D: residual stream float32, E = 2 D, all else bfloat16, so
 # that a tensor of E channels counts 4. In training, and in inference where that makes do with less.
 KERNEL_BYTES = {
-    'prepare_kernel': 4 + 2,  # its norm, up to 192 channels part of the next
-    'up_kernel': 4 + 8,
+    'prepare_kernel': 4 + 2,  # its norm
     'mix2d_kernel': 5 * 4 + 2,  # with the shares of the gates
     'gates_kernel': 2,
     'gates_scan_kernel': 2,
-    'gated_forward_kernel': 7 * 4,
+    'folded_forward_kernel': 4 * 4,
     'quadratic_forward_kernel': 4 * 4,
     'output_kernel': 4 * 4,
     'down_kernel': 4 + 4 + 4,
@@ -36,7 +35,7 @@ KERNEL_BYTES = {
     'conv2d_backward_kernel': 4 * 4,
     'layer_norm_backward_kernel': 4 + 2 + 4 + 4 + 2,
 }
-INFERENCE_BYTES = {'mix2d_kernel': 3 * 4 + 2, 'gated_forward_kernel': 5 * 4}
+INFERENCE_BYTES = {'mix2d_kernel': 3 * 4 + 2}
 """Where keys and values do not exist."""
 KEY_GRADIENT_BYTES = {True: 6 * 4, False: 18}
 """Of the kernel for dk and dv by whether it makes both; else one launch for dk (20) and one for dv (16)."""

@@ -1,9 +1,9 @@
 """The whole ViL block in few kernels: launchers of the forward pass. Works on tensors, knows no modules.
 
-One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell with head
-norm, skip and gate behind it in the same kernel (a kernel of their own behind the chunkwise form), down-projection and
-residual. Kept for the backward pass (`block_backward.py`): the input, the up-projection's output, the gates, the
-convolution's output, keys and values, and the cell's output with its statistics.
+One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell, one kernel
+for head norm, skip and gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input,
+the up-projection's output, the gates, the convolution's output, keys and values, and the cell's output with its
+statistics.
 """
 
 import math
@@ -52,14 +52,13 @@ MIX_PAIRS = 8
 SCAN_TOKENS = triton_quadratic.SCAN_SPANS['SHORT_SPAN']
 SCAN_HEADS = 8
 COPY_BLOCK = 2048
+# Edge of the projections' blocks where they are folded: a thread holds that many neighbouring channels.
+FOLDED_BLOCK = 4
 LOWERED = ('up_w', 'up_b', 'down_w')
 # Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken: on one
 # H100 it was faster than cuBLAS and an addition at D = 192 and 384, slower at 768.
 DOWN_TILES = (Tiles(64, 128, 4, 4), Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
 DOWN_MAX_DIMS = 512
-# The same of the norm and up-projection in one kernel. Its rows stay in registers, which hold 192 channels, not 384.
-UP_TILES = (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1))
-UP_MAX_DIMS = 192
 # Elements or tokens of a tile, warps; 'mix_rows' are the steps of a mixing program over a grid and over a sequence.
 SETTINGS = {
     'norm': (4096, 4),
@@ -67,11 +66,8 @@ SETTINGS = {
     'gates': (64, 2),
     'scan': (SCAN_TOKENS, 8),
     'output': (2048, 4),
+    'folded_output': (4096, 4),  # more rows for each load of a weight
 }
-# Elements of a step behind the cell, and loads in flight there up to 128 channels a head and above: shared memory for
-# more of them would leave room for one program of four less.
-GATED_TILE = 2048
-GATED_STAGES = (1, 2)
 NORM_EPS = 1e-5
 CELL_EPS = 1e-6
 
@@ -121,7 +117,8 @@ class MixWeights:
     Attributes:
         constant: (parts * BG) float32, what the projections' biases add to the gates.
         taps: (taps * E) float32, the convolution's weights, turned for the reading direction.
-        folded: (3 * E) float32, what the biases of q and k become where keys and values do not exist, else empty.
+        folded: ((3 + QB) * E) float32, what the biases of q and k and the projection of v become where keys and values
+            do not exist, else empty.
         matrices: (E / 32, 3, 32, 32), the projections.
         gate_matrices: (E / 32, 2, 32, BG), maps from c and a to the gates.
     """
@@ -136,16 +133,13 @@ class MixWeights:
 def _prepare(
     shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype, folded: bool
 ) -> tuple[MixWeights, dict[str, Tensor | None], Tensor]:
-    """What `_mix` reads, the outer projections' weights in dtype and the up-projection's input, all by one kernel.
-
-    That input are the normalised rows of x, or x itself if the norm is the next kernel's business.
-    """
+    """What `_mix` reads, the outer projections' weights in dtype and the normalised rows of x, all by one kernel."""
     parts, gates = ceil_div(shape.inner, MIX_CHANNELS), gate_width(shape)
     taps = weights['conv_w'][0].numel()
     found = {name: weights[name] for name in LOWERED}
     lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
     sizes = {name: lowered[name].numel() if name in lowered else 0 for name in LOWERED}
-    exact_sizes = [parts * gates, taps * shape.inner, 3 * shape.inner if folded else 0]
+    exact_sizes = [parts * gates, taps * shape.inner, (3 + shape.block) * shape.inner if folded else 0]
     exact = weights['wq'].new_empty(sum(exact_sizes), dtype=torch.float32)
     constant, turned, scores = exact.split_with_sizes(exact_sizes)
     low = exact.new_empty(parts * MIX_CHANNELS * (3 * MIX_CHANNELS + 2 * gates) + sum(sizes.values()), dtype=dtype)
@@ -154,12 +148,7 @@ def _prepare(
     )
     rows, (count, dims) = x.flatten(0, 1), (shape.batch * shape.tokens, x.shape[2])
     norm, bias = weights['norm_w'], weights['norm_b']
-    if norm is None:
-        normalised = rows.to(dtype)
-    elif _norm_is_fused(dtype, dims):
-        norm, normalised = None, rows
-    else:
-        normalised = torch.empty_like(rows, dtype=dtype)
+    normalised = rows.to(dtype) if norm is None else torch.empty_like(rows, dtype=dtype)
     width = next_power_of_two(dims)
     height = max(1, SETTINGS['norm'][0] // width)
     others = 3 * parts + ceil_div(max(sizes.values()), COPY_BLOCK)
@@ -174,35 +163,6 @@ def _prepare(
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
     return MixWeights(constant, turned, scores, matrices, gate_matrices), found, normalised
-
-
-def _norm_is_fused(dtype: torch.dtype, dims: int) -> bool:
-    """Whether norm and up-projection are one kernel."""
-    return dtype != torch.float32 and dims <= UP_MAX_DIMS
-
-
-def _up(
-    rows: Tensor, lowered: dict[str, Tensor | None], weights: dict[str, Tensor | None], dtype: torch.dtype
-) -> Tensor:
-    """Up-projection of what `_prepare` gives, (N, 2 E)."""
-    weight, bias, norm, norm_bias = lowered['up_w'], lowered['up_b'], weights['norm_w'], weights['norm_b']
-    count, dims = rows.shape
-    if norm is None or not _norm_is_fused(dtype, dims):
-        return F.linear(rows, weight, bias)
-    wide = weight.shape[0]
-    out = rows.new_empty(count, wide, dtype=dtype)
-    first, second = head_pieces(dims)
-
-    def launch(tiles: Tiles) -> object:
-        return gemm_kernels.up_kernel[(ceil_div(count, tiles.rows),)](
-            rows, norm, norm if norm_bias is None else norm_bias, weight, weight if bias is None else bias, out, count,
-            wide, dims, NORM_EPS, NORM_BIAS=norm_bias is not None, HAS_BIAS=bias is not None,
-            EVEN=first + second == dims and wide % tiles.columns == 0, DA=first, DB=second, BM=tiles.rows,
-            BN=tiles.columns, PRECISION='ieee', **tiles.options(),
-        )  # fmt: skip
-
-    launch_first_fitting(UP_TILES, launch)
-    return out
 
 
 def _mix(
@@ -272,59 +232,55 @@ def as_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
-def _output(shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, weights: dict[str, Tensor | None]) -> Tensor:
-    """y (B, S, E)."""
-    dim = shape.inner // shape.heads
-    y = torch.empty_like(pre)
-    width = next_power_of_two(dim)
-    height = max(1, SETTINGS['output'][0] // width)
-    bias = weights['head_b']
-    norm_kernels.output_kernel[(ceil_div(shape.tokens, height), shape.heads, shape.batch)](
-        h, h.stride(0), h.stride(1), h.stride(2), pre, z, z.stride(0), z.stride(1), weights['head_w'],
-        weights['head_w'] if bias is None else bias, weights['skip'], y, shape.tokens, shape.inner, NORM_EPS,
-        HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, num_warps=SETTINGS['output'][1],
-    )  # fmt: skip
-    return y
-
-
-def _gated_cell(
-    shape: BlockShape, q: Tensor, k: Tensor, v: Tensor, pre: Tensor, z: Tensor, stats: Tensor,
-    mix: MixWeights, weights: dict[str, Tensor | None], keep: bool, folded: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y (B, S, E), and h (B, NH, S, DH) if it is kept, else nothing of meaning."""
-    tokens, heads, inner = shape.tokens, shape.heads, shape.inner
-    dim = inner // heads
-    y = torch.empty_like(pre)
-    h = torch.empty_like(pre) if keep else y
+def _folded_cell(
+    shape: BlockShape, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, mix: MixWeights, has_bias: bool
+) -> Tensor:
+    """The cell on what a folded `_mix` gives, (B, NH, S, DH); the rows' shares of bv end up in stats."""
+    heads, inner, dim = shape.heads, shape.inner, shape.inner // shape.heads
+    h = torch.empty_like(q)
     alignment = math.gcd(dim, 8)
-    strides = [stride // alignment for stride in (tokens * inner, dim, inner)]
-    wide = [stride // alignment for stride in (z.stride(0), dim, z.stride(1))]  # of the up-projection's halves
-    v_strides = wide if folded else strides
+    strides = [stride // alignment for stride in (shape.tokens * inner, dim, inner)]
+    v_strides = [stride // alignment for stride in (v.stride(0), dim, v.stride(1))]
     pitch = stats.shape[-1] // triton_quadratic.BLOCK
-    bias = weights['head_b']
     first, second = head_pieces(dim)
-    width = next_power_of_two(dim)
 
     def launch(tiles: Tiles) -> object:
-        return cell_kernels.gated_forward_kernel[(shape.batch * heads * ceil_div(tokens, tiles.rows),)](
-            q, k, v, h, pre, z, y, weights['head_w'], weights['head_w'] if bias is None else bias, weights['skip'],
-            mix.folded, weights['wv'], qkv_biases(weights)[2], stats, *strides, *strides, *v_strides, *strides,
-            *strides, *wide, *strides, tokens, heads, pitch, shape.batch * heads * pitch, int(shape.reverse),
-            log_scale(dim), CELL_EPS, NORM_EPS, FOLDED=folded, QKV_BIAS=weights['bq'] is not None,
-            HAS_BIAS=bias is not None, DH=dim, DA=first, DB=second, BD=width, BM=tiles.rows, BN=tiles.columns,
-            BG=max(1, min(16, GATED_TILE // width)), STAGES=GATED_STAGES[width > 128], SMALL=tiles.small,
-            ALIGN=alignment, PRECISION=dot_precision(q.dtype), **tiles.options(),
+        return cell_kernels.folded_forward_kernel[(shape.batch * heads * ceil_div(shape.tokens, tiles.rows),)](
+            q, k, v, h, mix.folded, stats, *strides, *strides, *v_strides, *strides, shape.tokens, heads, pitch,
+            shape.batch * heads * pitch, int(shape.reverse), log_scale(dim), CELL_EPS, QKV_BIAS=has_bias, DH=dim,
+            DA=first, DB=second, BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, ALIGN=alignment,
+            PRECISION=dot_precision(q.dtype), **tiles.options(),
         )  # fmt: skip
 
     limits = device_limits(q.device)
     launch_first_fitting(triton_quadratic.tile_candidates('forward', dim, q.element_size(), limits), launch)
-    return y, as_heads(h, heads)
+    return as_heads(h, heads)
+
+
+def _output(
+    shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, mix: MixWeights, stats: Tensor | None,
+    weights: dict[str, Tensor | None], folded: bool,
+) -> Tensor:  # fmt: skip
+    """y (B, S, E). If folded, from what `_folded_cell` gives."""
+    dim = shape.inner // shape.heads
+    y = torch.empty_like(pre)
+    width = next_power_of_two(dim)
+    elements, warps = SETTINGS['folded_output' if folded else 'output']
+    height = max(1, elements // width)
+    bias, share = weights['head_b'], stats[triton_quadratic.NORMALISER_PLANE] if folded else mix.constant
+    norm_kernels.output_kernel[(ceil_div(shape.tokens, height), shape.heads, shape.batch)](
+        h, h.stride(0), h.stride(1), h.stride(2), pre, z, z.stride(0), z.stride(1), weights['head_w'],
+        weights['head_w'] if bias is None else bias, weights['skip'], mix.folded[3 * shape.inner :] if folded else pre,
+        qkv_biases(weights)[2], share, y, shape.tokens, shape.inner, share.shape[-1], int(shape.reverse), NORM_EPS,
+        FOLDED=folded, QKV_BIAS=weights['bq'] is not None, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width,
+        num_warps=warps,
+    )  # fmt: skip
+    return y
 
 
 def _folds(shape: BlockShape, cell: ModuleType) -> bool:
     """Whether the cell can run on c and a, without keys and values, where there is no backward pass."""
-    is_block = shape.block == block_cell_kernels.FOLDED_BLOCK.value
-    return cell is triton_quadratic and is_block and shape.inner // shape.heads % shape.block == 0
+    return cell is triton_quadratic and shape.block == FOLDED_BLOCK and shape.inner // shape.heads % shape.block == 0
 
 
 def block_forward(
@@ -352,20 +308,21 @@ def block_forward(
         (2, B, NH, S), h, the convolution's output, k, v (B, S, E), the cell's statistics.
     """
     folded = not keep and _folds(shape, cell)
-    mix, lowered, rows = _prepare(shape, x, weights, dtype, folded)
-    u = _up(rows, lowered, weights, dtype).view(shape.batch, shape.tokens, 2 * shape.inner)
+    mix, lowered, normalised = _prepare(shape, x, weights, dtype, folded)
+    u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
+    u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
     pre, q, k, v, shares = _mix(shape, a, mix, weights, folded)
     heads = [as_heads(t, shape.heads) for t in (q, k, v)]
     gates, stats = _gates(shape, cell, heads[0], shares, mix.constant, weights)
-    if cell is triton_quadratic and pre.numel():
+    if folded:
         if stats is None:
             stats = triton_quadratic.scan_gates(heads[0], gates[0], gates[1], shape.reverse)
-        y, h = _gated_cell(shape, q, k, v, pre, z, stats, mix, weights, keep, folded)
-        statistics = (stats,)
+        h, statistics = _folded_cell(shape, q, k, v, stats, mix, weights['bq'] is not None), (stats,)
     else:
-        h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS)
-        y = _output(shape, h, pre, z, weights)
+        scanned = {} if stats is None else {'stats': stats}
+        h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS, **scanned)
+    y = _output(shape, h, pre, z, mix, stats, weights, folded)
     if weights['norm_w'] is not None:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
     else:

@@ -123,9 +123,18 @@ def _turned_bias(w_ptr, b_ptr, channel, E, QB: tl.constexpr):
 
 
 @triton.jit
-def _store_folded(
-    part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+def _store_values(part, wv_ptr, folded_ptr, E, QB: tl.constexpr, BC: tl.constexpr):
+    """Write a part of the blocks of Wv, (QB, QB, E / QB), behind what `_store_biases` writes."""
+    channel = part * BC + tl.arange(0, BC)
+    exists = channel < E
+    place = folded_ptr + 3 * E + channel % QB * E + channel // QB
+    for j in tl.static_range(QB):
+        w = tl.load(wv_ptr + channel * QB + j, mask=exists, other=0.0).to(tl.float32)
+        tl.store(place + j * (E // QB), w, mask=exists)
+
+
+@triton.jit
+def _store_biases(part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB: tl.constexpr, BC: tl.constexpr):
     """Write a part of Wk^T bq, Wq^T bk and bq bk, the biases' shares of the scores; (3, E)."""
     channel = part * BC + tl.arange(0, BC)
     exists = channel < E
@@ -172,8 +181,8 @@ def prepare_kernel(
     the projections' biases add. Rows and columns are in the order that `block_mix_kernels` reads, BC is 32. taps
     (TAPS, E): the convolution's weights, turned for the reading direction. The copies of the outer projections' weights
     are in the activations' dtype. FOLDED: the first of the three matrices is Wk^T Wq, the others are not written, and
-    folded is what `_store_folded` says. Three programs for each part of BC channels, `others` in all with those that
-    copy; the rest normalise BM rows of D each.
+    folded is what `_store_biases` and `_store_values` say. Three programs for each part of BC channels, `others` in all
+    with those that copy; the rest normalise BM rows of D each.
     """
     program = tl.program_id(0)
     if program >= others:
@@ -192,8 +201,10 @@ def prepare_kernel(
             part, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS, REVERSE, HEADS,
             HAS_BIAS, BC, BG,
         )  # fmt: skip
-        if FOLDED and HAS_BIAS:
-            _store_folded(part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB, BC)
+        if FOLDED:
+            _store_values(part, wv_ptr, folded_ptr, E, QB, BC)
+            if HAS_BIAS:
+                _store_biases(part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB, BC)
     elif program >= parts:
         part = program - parts
         channel = part * BC + tl.arange(0, BC)

@@ -28,6 +28,7 @@ __all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'empty_saved', 'forward', 'scan_ga
 kernels = FastKernels(triton_quadratic_kernels)
 
 STATS_PLANES = 7
+NORMALISER_PLANE = 5
 ROW_PLANES = 5
 BLOCK = 64
 SCAN_SPANS = {'SHORT_SPAN': 256, 'LONG_SPAN': 1024}
@@ -141,7 +142,7 @@ def scan_gates(q: Tensor, igate: Tensor, fgate: Tensor, reverse: bool) -> Tensor
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, eps: float,
-    tiles: Tiles | None = None,
+    tiles: Tiles | None = None, stats: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Run the quadratic mLSTM.
 
@@ -154,13 +155,15 @@ def forward(
         reverse: Read the sequence from its end.
         eps: Added to the denominator.
         tiles: Tile settings; default: the table's.
+        stats: What `scan_gates` gives for these gates, if they have been scanned.
 
     Returns:
         h, (B, NH, S, DH) in q's dtype, and the tensors that `backward` wants.
     """
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     batch, heads, length, dim = q.shape
-    h, stats = empty_rows_like(q), scan_gates(q, igate, fgate, reverse)
+    h = empty_rows_like(q)
+    stats = scan_gates(q, igate, fgate, reverse) if stats is None else stats
     if q.numel() == 0:
         return h, (stats,)
     sign = int(reverse)

@@ -239,7 +239,7 @@ def gather_rows(
 
 @triton.jit
 def hidden_rows(
-    q, q_step, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, WITH_E: tl.constexpr,
+    q_a, q_b, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, WITH_E: tl.constexpr,
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h_i = num_i / (max(|n_i|, exp(-m_i)) + eps) for BM rows, in two pieces; exp(-m) = inf gives 0.
@@ -247,7 +247,6 @@ def hidden_rows(
     e_i is added to each of the row's products q_i.k_j. Returns also n_i and one over the denominator.
     """
     i = first + tl.arange(0, BM)
-    q_a, q_b = load_rows(q, q_step, i, S, DH, DA, DB)
     m = tl.load(stats + STABILISER * plane + i, mask=i < S, other=0.0)
     acc_a, acc_b, n = gather_rows(
         q_a, q_b, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, WITH_E, True, DH, DA, DB, BM, BN,
@@ -266,11 +265,12 @@ def forward_tile(
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`hidden_rows`, written to h, and n."""
+    i = first + tl.arange(0, BM)
+    q_a, q_b = load_rows(q, q_step, i, S, DH, DA, DB)
     h_a, h_b, n, _ = hidden_rows(
-        q, q_step, 0.0, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, False, DH, DA, DB, BM, BN,
+        q_a, q_b, 0.0, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, False, DH, DA, DB, BM, BN,
         PRECISION,
     )  # fmt: skip
-    i = first + tl.arange(0, BM)
     tl.store(stats + NORMALISER * plane + i, n, mask=i < S)
     store_rows(h, h_step, i, S, h_a, h_b, DH, DA, DB)
 
