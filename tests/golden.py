@@ -39,7 +39,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, 
     """Fail unless the largest difference is within a share of the largest reference value."""
     assert actual.shape == expected.shape, f'{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}'
     assert torch.isfinite(actual).all(), f'{what} is not finite'
-    expected = expected.double()
+    actual, expected = actual.detach().double().cpu(), expected.double()
     scale = expected.abs().max().item() if scale is None else scale
-    error = (actual.detach().double() - expected).abs().max().item()
+    error = (actual - expected).abs().max().item()
     assert error <= tolerance * scale, f'{what}: off by {error:.3g} of {scale:.3g}, allowed {tolerance:.0e}'

@@ -51,9 +51,7 @@ def layer_keys(official: dict[str, Tensor], version: str) -> dict[str, Tensor]:
     return {key.removeprefix('blocks.0.layer.'): value for key, value in renamed.items()}
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
-@pytest.mark.parametrize('name', golden_names('vil_layer'))
-def test_layer(name: str, dtype: torch.dtype) -> None:
+def check_layer(name: str, dtype: torch.dtype, device: str = 'cpu') -> None:
     data, facts = golden_arrays(name), golden_json('manifest')[name]
     version = f'v{facts["version"]}'
     parameters = layer_keys(with_prefix(data, 'param.'), version)
@@ -64,11 +62,11 @@ def test_layer(name: str, dtype: torch.dtype) -> None:
         conv_kernel_size=parameters['conv.weight'].shape[-1],
         proj_bias=facts['proj_bias'],
         norm_bias=facts['norm_bias'],
-    ).to(dtype)
+    ).to(device, dtype)
     layer.load_state_dict(parameters, strict=True)
-    x = data['x'].to(dtype, copy=True).requires_grad_()
+    x = data['x'].to(device, dtype, copy=True).requires_grad_()
     y = layer(x, tuple(facts['grid']))
-    y.backward(data['dy'].to(dtype))
+    y.backward(data['dy'].to(device, dtype))
     forward, backward = (2e-7, 2e-7) if dtype == torch.float64 else (2e-5, 2e-4)
     assert_close(y, data['y'], forward, 'y')
     assert_close(x.grad, data['dx'], backward, 'dx')
@@ -76,6 +74,12 @@ def test_layer(name: str, dtype: torch.dtype) -> None:
     assert gradients.keys() == dict(layer.named_parameters()).keys()
     for key, parameter in layer.named_parameters():
         assert_close(parameter.grad, gradients[key], backward, f'gradient of {key}')
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
+@pytest.mark.parametrize('name', golden_names('vil_layer'))
+def test_layer(name: str, dtype: torch.dtype) -> None:
+    check_layer(name, dtype)
 
 
 def model_overrides(facts: dict) -> dict:
@@ -109,28 +113,37 @@ def finish_tokens(output: Tensor, facts: dict, state_dict: dict[str, Tensor]) ->
     return linear(output, state_dict['head.weight'], state_dict['head.bias']) if classifies else output
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
-@pytest.mark.parametrize('name', golden_names('vil_model') + golden_names('vil_rawckpt'))
-def test_model(name: str, dtype: torch.dtype) -> None:
+def check_model(name: str, dtype: torch.dtype, device: str = 'cpu') -> None:
     data, facts = golden_arrays(name), golden_json('manifest')[name]
     state_dict = with_prefix(data, 'raw.' if 'rawckpt' in name else 'sd.')
     overrides = model_overrides(facts)
-    model = from_official(state_dict, **overrides).to(dtype)
-    image = data['image'].to(dtype, copy=True).requires_grad_()
-    if overrides.get('out_type') in ('raw', 'featmap'):
-        typed = {key: value.to(dtype) for key, value in state_dict.items()}
-        output = finish_tokens(model(image)[-1], facts, typed)
-    else:
-        output = model(image, mode='tensor')
+    model = from_official(state_dict, **overrides).to(device, dtype)
+    image = data['image'].to(device, dtype, copy=True).requires_grad_()
+
+    def run() -> Tensor:
+        if overrides.get('out_type') in ('raw', 'featmap'):
+            typed = {key: value.to(device, dtype) for key, value in state_dict.items()}
+            return finish_tokens(model(image)[-1], facts, typed)
+        return model(image, mode='tensor')
+
     tolerance = 2e-7 if dtype == torch.float64 else 1e-4
+    with torch.no_grad():
+        assert_close(run(), data['output'], tolerance, 'output without gradients')
+    output = run()
     assert_close(output, data['output'], tolerance, 'output')
     if 'doutput' in data:
-        output.backward(data['doutput'].to(dtype))
+        output.backward(data['doutput'].to(device, dtype))
         tolerance = 2e-7 if dtype == torch.float64 else 2e-4
         assert_close(image.grad, data['dimage'], tolerance, 'gradient of the image')
         gradients = official_to_mmvil(with_prefix(data, 'grad.'))
         for key, parameter in model.named_parameters():
             assert_close(parameter.grad, gradients[key], tolerance, f'gradient of {key}')
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
+@pytest.mark.parametrize('name', golden_names('vil_model') + golden_names('vil_rawckpt'))
+def test_model(name: str, dtype: torch.dtype) -> None:
+    check_model(name, dtype)
 
 
 @pytest.mark.parametrize('name', [name for name in golden_names('vil_model') if 'hidden.0' in golden_arrays(name)])

@@ -1,6 +1,7 @@
 """The fused block against the plain modules in float64: every output and gradient."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ on_kernels = pytest.mark.skipif(
     not (interpreting() or torch.cuda.is_available()), reason='needs a GPU or the interpreter of Triton'
 )
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+FULL_WIDTH = pytest.mark.parametrize(
+    ('dims', 'grid'), [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32))], ids=['T', 'S', 'B', 'T-512px']
+)
 
 
 def trained_like(block: ViLBlock) -> ViLBlock:
@@ -195,23 +199,46 @@ def test_what_cannot_be_built_is_given_up_and_other_errors_are_not(monkeypatch: 
     assert 'shared memory' in why_not_fused(block, x)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
-@pytest.mark.parametrize(
-    ('dims', 'grid'), [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32))], ids=['T', 'S', 'B', 'T-512px']
-)
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bf16', 'fp16'])
-def test_gradients_at_full_width(dims: int, grid: tuple[int, int], reverse: bool, dtype: torch.dtype) -> None:
+def at_full_width(dims: int, reverse: bool, options: dict) -> ViLBlock:
+    """Parameters moved off their start values, where gates and biases would be zero."""
     torch.manual_seed(0)
-    block = ViLBlock(dims, reverse)
+    block = ViLBlock(dims, reverse, **options)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
+    return block
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures('nan_filled_empty')
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+@FULL_WIDTH
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bf16', 'fp16'])
+def test_gradients_at_full_width(
+    dims: int, grid: tuple[int, int], options: dict, reverse: bool, dtype: torch.dtype
+) -> None:
+    block = at_full_width(dims, reverse, options)
     # Some gradients are small differences of large terms, most of all those of the gates: their error changes by a
     # factor of eight from one draw of the input to the next, hence several draws. How much the rounding of activations
     # does to them, the plain modules under the same autocast tell (seen: 0.9 to 1.7 times as much in single draws).
     fused, plain = (mean_errors(block, grid, dtype, plain=plain) for plain in (False, True))
     worse = {name: (fused[name], plain[name]) for name in fused if not fused[name] < max(1e-2, 2 * plain[name])}
+    assert not worse
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures('nan_filled_empty')
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
+@FULL_WIDTH
+def test_float32_gradients_at_full_width(
+    dims: int, grid: tuple[int, int], options: dict, reverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)  # or the plain convolutions round coarsely
+    block = at_full_width(dims, reverse, options)
+    fused, plain = (mean_errors(block, grid, torch.float32, plain=plain) for plain in (False, True))
+    worse = {name: (fused[name], plain[name]) for name in fused if not fused[name] < max(2e-4, 3 * plain[name])}
     assert not worse
 
 
@@ -223,12 +250,16 @@ def test_whole_model_eager_compiled_and_checkpointed() -> None:
     plain = VisionLSTM(**options)
     plain.load_state_dict(model.state_dict())
     plain.double()
+    assert why_not_fused(model.blocks[0], torch.zeros(1, 1, 64, device='cuda')) is None
     compiled = torch.compile(model, fullgraph=True)
     for size in ((64, 64), (48, 80), (33, 100)):
         image = torch.randn(2, 3, *size)
         expected = plain(image.double())[0]
         for run in (model, compiled):
             assert relative(run(image.cuda())[0], expected) < 1e-4
+        with torch.no_grad():  # blocks that keep nothing
+            for run in (model, compiled):
+                assert relative(run(image.cuda())[0], expected) < 1e-4
     model.with_cp = True
     upstream = torch.randn_like(expected)  # the gradient of a plain sum would vanish in the last norm
     model(image.cuda())[0].backward(upstream.float().cuda())
@@ -287,15 +318,9 @@ def test_inference_that_cannot_be_folded_is_the_forward_pass_of_training(options
 @pytest.mark.gpu
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 @pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
-@pytest.mark.parametrize(
-    ('dims', 'grid'), [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32))], ids=['T', 'S', 'B', 'T-512px']
-)
+@FULL_WIDTH
 def test_inference_at_full_width(dims: int, grid: tuple[int, int], options: dict, reverse: bool) -> None:
-    torch.manual_seed(0)
-    block = ViLBlock(dims, reverse, **options)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+    block = at_full_width(dims, reverse, options)
     for dtype in (torch.bfloat16, torch.float16):
         fused, plain = (inference_error(block, grid, dtype, plain) for plain in (False, True))
         assert fused < 1.1 * plain
@@ -303,7 +328,7 @@ def test_inference_at_full_width(dims: int, grid: tuple[int, int], options: dict
 
 
 @pytest.mark.gpu
-def test_results_do_not_change_from_run_to_run() -> None:
+def test_results_do_not_change_from_run_to_run(fused_runs: Counter) -> None:
     torch.manual_seed(0)
     block = ViLBlock(192, fused=True).cuda()
     x = torch.randn(4, 196, 192, device='cuda', requires_grad=True)
@@ -315,6 +340,7 @@ def test_results_do_not_change_from_run_to_run() -> None:
             out = block(x, (14, 14))
         out.square().sum().backward()
         runs.append([out.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in block.parameters())])
+    assert fused_runs == {'ViLBlock': 2}
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 

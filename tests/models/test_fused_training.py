@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -75,10 +76,11 @@ def test_the_task_is_learned_and_the_same_seed_gives_the_same_curve() -> None:
 
 
 @pytest.mark.gpu
-def test_curves_lie_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_lie_on_each_other(monkeypatch: pytest.MonkeyPatch, fused_runs: Counter) -> None:
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)  # or the plain convolutions round coarsely
     fused, plain = classifiers()
     exact, accuracy = train(plain, 100, None)
+    assert not fused_runs
     assert statistics.mean(exact[-20:]) < 0.5
     assert accuracy > 0.8
     # Measured on a CPU: bfloat16 moves a loss by up to 1e-2 in 60 steps, and float32 rounds 65,000 times finer.
@@ -86,11 +88,13 @@ def test_curves_lie_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     rounding = farthest(train(plain, 100, torch.bfloat16)[0], exact)
     assert 1e-4 < rounding < 5e-2
     assert farthest(train(fused, 100, torch.bfloat16)[0], exact) < 3 * rounding
+    assert fused_runs['ViLBlock'] == 2 * 2 * (100 + 1)
 
 
 @pytest.mark.gpu
-def test_no_drift_over_a_thousand_steps_in_bfloat16() -> None:
+def test_no_drift_over_a_thousand_steps_in_bfloat16(fused_runs: Counter) -> None:
     curves, accuracies = zip(*(train(model, 1000, torch.bfloat16) for model in classifiers()), strict=True)
+    assert fused_runs['ViLBlock'] == 2 * (1000 + 1)
     for losses, accuracy in zip(curves, accuracies, strict=True):
         assert all(0 <= loss < 3 for loss in losses)  # a loss that is not a number is in no range
         assert accuracy > 0.9

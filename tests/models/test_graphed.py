@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmvil.models import VisionLSTM, graphed
+from mmvil.models.fused import why_not_fused
 
 SHAPE = (4, 3, 48, 32)
 PASSES = graphed.EAGER_PASSES + 3
@@ -53,6 +54,9 @@ def assert_same_training(kinds: int, shapes: list[tuple], accumulate: int = 1, *
     eager, replayed = build(**options), build(cuda_graphs=True, **options)
     expected, actual = (train(model, shapes, accumulate=accumulate) for model in (eager, replayed))
     assert captured(replayed) == kinds
+    assert why_not_fused(eager.blocks[0], torch.zeros(1, 1, 64, device='cuda')) == (
+        None if options.get('fused', True) else 'it is switched off'
+    )
     if options.get('fused', True):
         assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
     else:  # torch's own kernels differ from run to run

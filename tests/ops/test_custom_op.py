@@ -1,10 +1,12 @@
 """The torch operator around the kernels: registration, layouts, checkpointing, compilation, fallback, refusals."""
 
+import sys
 import warnings
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from mmvil.ops import available_backends, custom_op, mlstm, triton_launch
@@ -180,6 +182,50 @@ def test_card_by_capability(
         monkeypatch.setenv(triton_launch.ANY_CARD_VARIABLE, variable)
     found = triton_launch.why_not_on_device('cuda', 0)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ('capability', 'dtype', 'warned', 'backend'),
+    [
+        ((9, 0), torch.bfloat16, None, 'triton'),
+        ((7, 5), torch.float16, None, 'triton'),
+        ((7, 5), torch.bfloat16, 'no bfloat16', 'parallel'),
+        ((13, 0), torch.float32, 'capability 13.0 is unknown', 'parallel'),
+        ((9, 0), torch.float64, None, 'parallel'),  # for checks: nobody expects kernels
+    ],
+    ids=str,
+)
+def test_auto_on_a_card_warns_once_and_takes_plain_torch(
+    capability: tuple[int, int], dtype: torch.dtype, warned: str | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    monkeypatch.delenv(triton_launch.ANY_CARD_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index=None: capability)
+    module = sys.modules['mmvil.ops.mlstm']
+    monkeypatch.setattr(module, '_warned', set())
+    q = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 4, 100, 96), device=torch.device('cuda', 0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        found = [module._choose_backend('auto', q) for _ in range(3)]
+    assert found == [backend] * 3
+    assert len(caught) == bool(warned)
+    assert all(warned in str(x.message) for x in caught)
+    if warned:
+        with pytest.raises(ValueError, match=f"backend 'triton' cannot be used here: .*{warned}.*'chunkwise'"):
+            module._choose_backend('triton', q)
+
+
+def test_compiled_once_for_all_batch_and_image_sizes(device: torch.device) -> None:
+    """A second size makes both dynamic; after it nothing is traced again."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(lambda *x: mlstm(*x, backend='triton') + 1, fullgraph=True, backend=counter)
+    sizes = [(2, 20), (3, 30), (2, 16), (5, 33), (4, 21), (3, 48), (2, 32), (7, 19), (3, 36), (6, 25), (2, 40)]
+    for number, (batch, length) in enumerate(sizes):
+        inputs, _ = make_inputs((batch, 2, length, 16), device=device)
+        torch.testing.assert_close(compiled(*inputs), mlstm(*inputs, backend='triton') + 1, rtol=1e-6, atol=1e-6)
+        assert counter.frame_count == min(number + 1, 2)
 
 
 def test_bfloat16_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

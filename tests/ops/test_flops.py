@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvil.ops import mlstm
-from mmvil.ops.custom_op import mlstm_triton
+from mmvil.ops.custom_op import FORMS, mlstm_triton
 from mmvil.ops.flops import count_as, get_flops, mlstm_flops
 
 from .util import make_inputs
@@ -23,6 +23,7 @@ def test_quadratic_by_hand() -> None:
 def test_chunkwise_by_hand() -> None:
     pairs = 2 * (8 * 9 // 2) + 4 * 5 // 2  # chunks of 8, 8 and 4 tokens
     assert mlstm_flops(SHAPE, 'chunkwise', chunk=8) == 2 * 3 * (2 * 2 * 16 * pairs + 2 * 2 * 20 * 16 * 16)
+    assert mlstm_flops(SHAPE, 'chunkwise', 8, backward=True) == 2 * 3 * (6 * 2 * 16 * pairs + 5 * 2 * 20 * 16 * 16)
     assert mlstm_flops((1, 1, 4096, 96), 'chunkwise') * 4 == pytest.approx(mlstm_flops((1, 1, 16384, 96), 'chunkwise'))
 
 
@@ -33,12 +34,13 @@ def test_unknown_form() -> None:
         pass
 
 
-def test_flop_counter_sees_the_operator(device: torch.device) -> None:
+@pytest.mark.parametrize('form', FORMS)
+def test_flop_counter_sees_the_operator(form: str, device: torch.device) -> None:
     inputs, _ = make_inputs(SHAPE, device=device)
     leaves = [x.requires_grad_() for x in inputs]
     with FlopCounterMode(display=False) as counter:
-        mlstm_triton(*leaves, False, 1e-6, 'quadratic').sum().backward()
-    assert counter.get_total_flops() == mlstm_flops(SHAPE) + mlstm_flops(SHAPE, backward=True)
+        mlstm_triton(*leaves, False, 1e-6, form).sum().backward()
+    assert counter.get_total_flops() == mlstm_flops(SHAPE, form) + mlstm_flops(SHAPE, form, backward=True)
 
 
 class Cell(nn.Module):

@@ -8,6 +8,7 @@ import torch
 
 from mmvil.ops import custom_op, selfcheck
 from mmvil.ops.custom_op import FORMS
+from mmvil.ops.triton_chunkwise import tile_candidates
 
 CPU = torch.device('cpu')
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')  # asked before the fixture below hides it
@@ -75,6 +76,17 @@ def test_triton_cases_cover_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     found = selfcheck.cases('triton', CPU)
     assert {case.form for case in found} == set(FORMS)
     assert {case.dtype for case in found} == {'float16', 'float32'}  # the interpreter computes bfloat16 wrongly
+
+
+@pytest.mark.parametrize('interpreted', ['0', '1'])
+def test_chunkwise_cases_hand_on_states(interpreted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TRITON_INTERPRET', interpreted)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index=None: (9, 0))
+    found = [case for case in selfcheck.cases('triton', torch.device('cuda', 0)) if case.form == 'chunkwise']
+    assert len(found) == 2
+    for case in found:
+        chunks = {tiles.chunk for tiles in tile_candidates(case.dim, getattr(torch, case.dtype))}
+        assert case.length > max(chunks)
 
 
 @pytest.mark.parametrize('form', FORMS)

@@ -28,6 +28,8 @@ SETTINGS = {
     16: [forced(16, 32, Pieces(16), Pieces(16), 64), forced(16, 16, Pieces(16), Pieces(16), 32)],
     24: [forced(32, 64, Pieces(32), Pieces(16, 0, 2)), forced(32, 32, Pieces(16, 16), Pieces(16, 16))],
     96: [forced(64, 128, Pieces(64, 32), Pieces(32, 16, 2), 2048), forced(32, 64, Pieces(128), Pieces(64, 32), 4096)],
+    192: [forced(32, 64, Pieces(128, 64), Pieces(64, 32, 2), 8192)],
+    384: [forced(32, 32, Pieces(128, 64, 2), Pieces(128, 0, 3), 32768)],
 }
 CASES = [
     *((16, length, reverse, i) for length in (1, 15, 63, 100) for reverse in (False, True) for i in (0, 1)),
@@ -36,6 +38,10 @@ CASES = [
     (96, 63, False, 1),
     (96, 197, True, 0),
     (96, 300, False, 0),
+    (192, 15, False, 0),
+    (192, 100, True, 0),
+    (384, 15, True, 0),
+    (384, 70, False, 0),
 ]
 
 
@@ -52,7 +58,7 @@ def test_against_float64(dim: int, length: int, reverse: bool, setting: int, dev
     assert_all_close(actual, expected(inputs, dh, reverse), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize(('dim', 'length'), [(16, 63), (96, 100)])
+@pytest.mark.parametrize(('dim', 'length'), [(16, 63), (96, 100), (192, 70), (384, 40)])
 def test_float16(dim: int, length: int, device: torch.device) -> None:
     inputs, dh = make_inputs((1, 2, length, dim), torch.float16, device)
     actual = run(inputs, dh, True, SETTINGS[dim][0])
@@ -76,6 +82,16 @@ def test_golden(name: str, device: torch.device) -> None:
     gate_scale = max(data['dfgate'].abs().max().item(), data['digate'].abs().max().item())
     for key, x in zip(['h', *GRADIENTS], actual, strict=True):
         assert_close(x.cpu(), data[key], tolerance, key, scale=gate_scale if key == 'dfgate' else None)
+
+
+@pytest.mark.parametrize('name', [x for x in golden_names('mlstm_cell_ext') if '_i_' not in x or 'mixed' in x])
+def test_extreme_gates_in_half_precision(name: str, device: torch.device) -> None:
+    data = golden_arrays(name)
+    inputs = [data[key].to(device, torch.float16) for key in ('q', 'k', 'v')]
+    inputs += [data['igate'].to(device), data['fgate'].to(device)]
+    reverse, dh = bool(data['reverse']), data['dh'].to(device, torch.float16)
+    actual = run(inputs, dh, reverse, SETTINGS[16][0])
+    assert_all_close(actual, expected(inputs, dh, reverse), 5e-3)
 
 
 @pytest.mark.parametrize('reverse', [False, True])

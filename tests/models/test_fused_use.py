@@ -1,0 +1,190 @@
+"""What a training loop does with a model whose blocks run fused: each setting against the plain modules."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.model import ExponentialMovingAverage
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmvil.models import ViLBlock, VisionLSTM, fused
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+LAYERS = 2
+pytestmark = pytest.mark.usefixtures('nan_filled_empty')
+
+
+def pair(**options: object) -> tuple[VisionLSTM, VisionLSTM]:
+    """A fused and a plain model with the same weights, which all matter."""
+    options = {'arch': {'embed_dims': 16, 'num_layers': LAYERS}, 'img_size': 16, 'patch_size': 8, **options}
+    model, plain = VisionLSTM(**options), VisionLSTM(**options, fused=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    plain.load_state_dict(model.state_dict())
+    return model.to(DEVICE).train(), plain.to(DEVICE).train()
+
+
+def images(count: int = 1) -> Iterator[Tensor]:
+    """Batches of two images of 2 x 3 patches."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.randn(2, 3, 16, 24, generator=generator).to(DEVICE)
+
+
+def loss_of(model: nn.Module, image: Tensor) -> Tensor:
+    out = model(image)[0].float()
+    return (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(one: dict[str, Tensor | None], other: dict[str, Tensor | None], tolerance: float = 1e-3) -> None:
+    """The same tensors are missing, the others agree; a gradient that is rounding alone is no part of this."""
+    assert one.keys() == other.keys()
+    largest = max(x.norm() for x in other.values() if x is not None)
+    for name, expected in other.items():
+        assert (one[name] is None) == (expected is None), name
+        if expected is not None:
+            error = (one[name] - expected).norm()
+            assert error <= tolerance * (expected.norm() + 1e-2 * largest), (name, error, expected.norm())
+
+
+@pytest.mark.parametrize('frozen', [0, 1, LAYERS])
+def test_frozen_stages(frozen: int, fused_anywhere: Counter) -> None:
+    models = pair(frozen_stages=frozen)
+    (image,) = images()
+    for model in models:
+        loss_of(model, image).backward()
+    assert fused_anywhere == {'ViLBlock': LAYERS}
+    found, expected = (gradients(model) for model in models)
+    assert_same(found, expected)
+    assert {name for name, x in found.items() if x is not None} == {
+        name for name, parameter in models[0].named_parameters() if parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize('version', ['v1', 'v2'])
+def test_drop_path_in_both_passes(version: str, fused_anywhere: Counter) -> None:
+    image = torch.randn(8, 3, 16, 16, device=DEVICE)
+    found = []
+    for model in pair(drop_path_rate=0.5, version=version):
+        factors, draw = [], model.blocks[0].drop_path.factors
+        model.blocks[0].drop_path.factors = lambda x, draw=draw, factors=factors: factors.append(draw(x)) or factors[-1]
+        torch.manual_seed(3)
+        loss_of(model, image).backward()
+        assert set(factors[0].tolist()) == {0.0, 2.0}
+        found.append(gradients(model))
+    assert fused_anywhere == {'ViLBlock': LAYERS}
+    assert_same(*found)
+
+
+def test_checkpointing_changes_no_gradient(fused_anywhere: Counter) -> None:
+    found = []
+    (image,) = images()
+    model, _ = pair(drop_path_rate=0.5)
+    for model.with_cp in (False, True):
+        fused_anywhere.clear()
+        torch.manual_seed(3)  # the same branches are dropped, also where they are computed again
+        model.zero_grad()
+        loss_of(model, image).backward()
+        assert fused_anywhere['ViLBlock'] == (2 if model.with_cp else 1) * LAYERS
+        found.append({name: x.clone() for name, x in gradients(model).items()})
+    assert all(torch.equal(found[0][name], x) for name, x in found[1].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_mixed_precision_with_accumulation_and_averaged_weights(dtype: str, fused_anywhere: Counter) -> None:
+    """Loss scaling, two batches a step, averaged weights: as mmengine's training loop does it."""
+    if DEVICE == 'cpu' and dtype == 'bfloat16':
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    averages, scales = [], []
+    for model in pair():
+        options = {'accumulative_counts': 2}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        if DEVICE == 'cuda':
+            wrapper = AmpOptimWrapper(dtype=dtype, loss_scale=32.0, optimizer=optimizer, **options)
+        else:
+            wrapper = OptimWrapper(optimizer, **options)
+            scaler = torch.amp.GradScaler('cpu', init_scale=32.0)
+            wrapper.scale_loss = lambda loss, scaler=scaler: scaler.scale(loss / 2)
+            wrapper.step = lambda scaler=scaler, optimizer=optimizer: (scaler.step(optimizer), scaler.update())
+        average = ExponentialMovingAverage(model, momentum=0.5)
+        start = copy.deepcopy(dict(model.named_parameters()))
+        for image in images(4):
+            with torch.autocast(DEVICE, getattr(torch, dtype)):
+                loss = loss_of(model, image)
+            wrapper.update_params(loss)
+            average.update_parameters(model)
+        scales.append(wrapper.loss_scaler.get_scale() if DEVICE == 'cuda' else scaler.get_scale())
+        (image,) = images()
+        with torch.no_grad(), torch.autocast(DEVICE, getattr(torch, dtype)):
+            output = average.eval()(image)[0].float()
+        moved = {name: x.detach() - start[name] for name, x in model.named_parameters()}
+        averages.append({**moved, 'output': output})
+    assert scales == [32.0, 32.0]  # no step was left out
+    assert fused_anywhere['ViLBlock'] == 5 * LAYERS
+    assert_same(*averages, tolerance=3e-2 if dtype == 'float16' else 2e-1)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures('process_group')
+@pytest.mark.parametrize('options', [{}, {'with_cp': True, 'frozen_stages': 1}], ids=['default', 'checkpointed'])
+def test_data_parallel(options: dict, fused_anywhere: Counter) -> None:
+    """No search for unused parameters; gradients are views of the buckets that are reduced."""
+    model, plain = pair(**options)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False, gradient_as_bucket_view=True)
+    for image in images(2):
+        loss_of(wrapped, image).backward()
+        loss_of(plain, image).backward()
+    assert fused_anywhere['ViLBlock'] >= 2 * LAYERS
+    assert_same(gradients(model), gradients(plain))
+
+
+def test_the_reason_is_logged_once(fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, '_said', set())
+    block, x = ViLBlock(16, conv_kernel_size=5).to(DEVICE), torch.randn(1, 6, 16, device=DEVICE)
+    lines = []
+    monkeypatch.setattr(fused, 'print_log', lambda text, **_: lines.append(text))
+    for _ in range(3):
+        block(x, (2, 3))
+    assert lines == ['ViL blocks run as plain modules: the kernels are made for 3 x 3 or causal size-4 convolutions']
+    assert not fused_anywhere
+
+
+def test_kernels_that_cannot_be_built_leave_the_block_to_its_modules(
+    fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr(fused, '_said', set())
+    monkeypatch.setattr(fused, '_device_reasons', {})
+    lines, tries = [], []
+    monkeypatch.setattr(fused, 'print_log', lambda text, **_: lines.append(text))
+
+    def refuse(*_: object) -> None:
+        tries.append(1)
+        raise OutOfResources(2, 1, 'shared memory')
+
+    monkeypatch.setattr('mmvil.models.block.run_fused', refuse)
+    block, x = ViLBlock(16).to(DEVICE), torch.randn(1, 6, 16, device=DEVICE)
+    expected = x + block.layer._forward_plain(block.norm(x), (2, 3))
+    for _ in range(2):
+        torch.testing.assert_close(block(x, (2, 3)), expected)
+    assert len(tries) == len(lines) == 1
+    assert 'cannot be built for torch.float32' in lines[0]
