@@ -1,13 +1,18 @@
 """What `bench_backbone.py` makes of its figures: the floor, ratios to DeiT, shares, the plot. Needs no device."""
 
 import json
+import math
+import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from mmvil.ops.flops import mlstm_flops
 from mmvil.ops.triton_launch import choose_form
 
-__all__ = ['COLUMNS', 'add_ratios', 'block_floor', 'draw', 'earlier_rows', 'known_bytes']
+__all__ = [
+    'BLOCK_NAME', 'COLUMNS', 'TIMES_ROUNDING', 'add_ratios', 'block_floor', 'draw', 'earlier_rows', 'known_bytes', 'verdict'
+]  # fmt: skip
 
 HEADS, EXPAND, CHUNK = 4, 2, 64
 # Bytes and FLOPs of a block's parts for one image, bfloat16: (name, bytes / (S D), FLOPs / (S D^2)).
@@ -45,6 +50,9 @@ COLUMNS = [
     'forward_of_floor', 'forward_bf16_of_floor', 'train_of_floor', 'train_GiB', 'latency_ms', 'latency_graph_ms',
     'error',
 ]  # fmt: skip
+TIMES_ROUNDING = 2.0
+"""Gradients may be this many times as far from float64 as those of plain torch under the same autocast."""
+BLOCK_NAME = re.compile(r'^(_orig_mod\.)?blocks\.\d+\.')
 COLOURS = {'deit': '#6b7280', 'fused': '#2563eb', 'plain': '#db2777', 'parallel': '#ea580c'}
 MARKERS = {'tiny': 'o', 'small': 's', 'base': '^'}
 
@@ -104,6 +112,40 @@ def add_ratios(rows: list[dict[str, object]], blocks: int, dims: int, rates: dic
                 row['forward_bf16/deit'] = round(row['forward_bf16'] / deit['forward_bf16'], 2)
         if 'train_GiB' in row and 'train_GiB' in deit and row is not deit:
             row['memory/deit'] = round(row['train_GiB'] / deit['train_GiB'], 2)
+
+
+def verdict(errors: list[float], rounding: list[float], names: list[str]) -> dict[str, object]:
+    """Compare errors with those that rounding alone makes in plain torch.
+
+    Single tensors' errors change by several times from one draw of the image to the next, most of all those of the
+    gates' biases. Hence the root mean square over all blocks is compared, for each kind of parameter.
+
+    Args:
+        errors: Of the features and of each gradient.
+        rounding: The same of plain torch under the same autocast.
+        names: The same, by name.
+
+    Returns:
+        'output_error', 'gradient_error' (median) and 'times_rounding' (of the worst kind; where plain torch is more
+        exact than it is in the median, over that median), 'worst_kind', and 'error' if the variant is wrong.
+    """
+    typical = statistics.median(rounding)
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, *pair in zip(names, errors, rounding, strict=True):
+        kinds.setdefault(BLOCK_NAME.sub('', name), []).append(pair)
+    ratios = {}
+    for kind, pairs in kinds.items():
+        own, other = (math.sqrt(statistics.mean(x * x for x in column)) for column in zip(*pairs, strict=True))
+        ratios[kind] = float('inf') if math.isnan(own) else own / max(other, typical)
+    worst_kind = max(ratios, key=ratios.__getitem__)
+    worst = ratios[worst_kind]
+    found = {
+        'output_error': float(f'{errors[0]:.2e}'),
+        'gradient_error': float(f'{statistics.median(errors[1:]):.2e}'),
+        'times_rounding': round(worst, 2),
+        'worst_kind': worst_kind,
+    }
+    return found if worst <= TIMES_ROUNDING else {**found, 'error': f'WRONG: {worst:.1f} times the rounding errors'}
 
 
 def known_bytes(kernel: str, images: int, tokens: int, dims: int, work: str) -> int | None:

@@ -14,7 +14,6 @@ with weights and residual stream in bfloat16; 'train_replayed' is a usual traini
 import argparse
 import copy
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -30,10 +29,10 @@ from torch import Tensor, nn
 from mmvil.models import VisionLSTM
 
 if __package__:
-    from .backbone_report import COLUMNS, add_ratios, draw, earlier_rows, known_bytes
+    from .backbone_report import COLUMNS, TIMES_ROUNDING, add_ratios, draw, earlier_rows, known_bytes, verdict
     from .common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
 else:
-    from backbone_report import COLUMNS, add_ratios, draw, earlier_rows, known_bytes
+    from backbone_report import COLUMNS, TIMES_ROUNDING, add_ratios, draw, earlier_rows, known_bytes, verdict
     from common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
 
 SIZES = ('tiny', 'small', 'base')
@@ -46,8 +45,6 @@ TOKENS = 128 * 196
 PARALLEL_TOKENS = 1024
 """Above this the plain quadratic form is left out: its S x S matrices of 24 blocks do not fit."""
 PROFILE_COLUMNS = ['work', 'kernel', 'launches', 'us', 'bytes', 'GB/s']
-TIMES_ROUNDING = 3.0
-"""A gradient may be this many times as far from float64 as that of plain torch under the same autocast."""
 
 
 def batch_size(pixels: int) -> int:
@@ -105,29 +102,6 @@ def results(model: nn.Module, image: Tensor, autocast: bool) -> list[Tensor]:
 def relative_errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
     """Relative L2 error of each tensor."""
     return [((x - y).norm() / y.norm().clamp(min=1e-300)).item() for x, y in zip(actual, exact, strict=True)]
-
-
-def verdict(errors: list[float], rounding: list[float]) -> dict[str, object]:
-    """Compare errors with those that rounding alone makes in plain torch.
-
-    Args:
-        errors: Of the features and of each gradient.
-        rounding: The same of plain torch under the same autocast.
-
-    Returns:
-        'output_error', 'gradient_error' (median) and 'times_rounding' (the worst tensor's error over that of plain
-        torch, with its median added so that tensors which rounding happened to spare do not decide), and 'error' if
-        the variant is wrong.
-    """
-    typical = statistics.median(rounding)
-    ratios = [error / (other + typical) for error, other in zip(errors, rounding, strict=True)]
-    worst = float('inf') if any(math.isnan(ratio) for ratio in ratios) else max(ratios)
-    found = {
-        'output_error': float(f'{errors[0]:.2e}'),
-        'gradient_error': float(f'{statistics.median(errors[1:]):.2e}'),
-        'times_rounding': round(worst, 2),
-    }
-    return found if worst <= TIMES_ROUNDING else {**found, 'error': f'WRONG: {worst:.1f} times the rounding errors'}
 
 
 def references(size: str, pixels: int, state: dict[str, Tensor]) -> tuple[list[Tensor], list[float], float, Tensor]:
@@ -298,7 +272,8 @@ def measure_model(
         if name == 'deit':
             return {}
         reference, rounding, _, image = exact
-        return verdict(relative_errors(results(candidate, image, autocast=True), reference), rounding)
+        names = ['features', *(name for name, _ in candidate.named_parameters())]
+        return verdict(relative_errors(results(candidate, image, autocast=True), reference), rounding, names)
 
     def check_half(candidate: nn.Module) -> dict[str, object]:
         if name == 'deit':

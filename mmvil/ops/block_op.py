@@ -316,11 +316,13 @@ def fused_block(
     """
     x, tensors = x.contiguous(), list(weights.values())
     sizes = (*grid, heads, reverse)
+    # Without any: inference, and frozen blocks that nothing before them needs a gradient through.
+    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if not operators_may_be_skipped(x, *tensors):
         arguments = x, tensors, ' '.join(weights), scale, *sizes, dtype
-        if torch.is_grad_enabled():
+        if with_gradients:
             return torch.ops.mmvil.vil_block_fwd(*arguments)[0]
         return torch.ops.mmvil.vil_block_inference(*arguments)
-    if torch.is_grad_enabled():
+    if with_gradients:
         return _EagerBlock.apply(x, tuple(weights), scale, sizes, dtype, *tensors)
     return _forward(x, {**ABSENT, **weights}, scale, *sizes, dtype, keep=False)[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench_backbone as bench
-from benchmarks.backbone_report import add_ratios, block_floor, draw, earlier_rows, known_bytes
+from benchmarks.backbone_report import BLOCK_NAME, add_ratios, block_floor, draw, earlier_rows, known_bytes
 
 RATES = {'copy_bytes_per_second': 1e12, 'matmul_flop_per_second': 1e15}
 
@@ -52,15 +52,28 @@ def test_the_check_lets_rounding_pass_and_nothing_else() -> None:
     rounded = bench.results(model, image, autocast=True)
     exact = bench.results(model.double(), image.double(), autocast=False)
     rounding = bench.relative_errors(rounded, exact)
+    names = ['features', *(name for name, _ in model.named_parameters())]
     assert 1e-4 < rounding[0] < 5e-2
-    assert 'error' not in bench.verdict(rounding, rounding)
+    assert 'error' not in bench.verdict(rounding, rounding, names)
     for place in (0, 5, -1):
         wrong = [x.clone() for x in rounded]
         wrong[place] *= 1.5
-        found = bench.verdict(bench.relative_errors(wrong, exact), rounding)
+        found = bench.verdict(bench.relative_errors(wrong, exact), rounding, names)
         assert found['error'].startswith('WRONG'), (place, found)
+        assert found['worst_kind'] == BLOCK_NAME.sub('', names[place])
     wrong[3][...] = float('nan')
-    assert 'inf' in bench.verdict(bench.relative_errors(wrong, exact), rounding)['error']
+    assert 'inf' in bench.verdict(bench.relative_errors(wrong, exact), rounding, names)['error']
+
+
+def test_kinds_of_parameters_are_judged_over_all_blocks() -> None:
+    names = ['features', *(f'_orig_mod.blocks.{i}.layer.igate.bias' for i in range(16))]
+    rounding = [0.01] * 17
+    lucky_and_unlucky = [0.01, 0.05, *[0.01] * 15]
+    found = bench.verdict(lucky_and_unlucky, rounding, names)
+    assert 'error' not in found
+    assert found['worst_kind'] == 'layer.igate.bias'
+    assert found['times_rounding'] == round(((15 + 25) / 16) ** 0.5, 2)
+    assert 'error' in bench.verdict([0.01, *[0.021] * 16], rounding, names)
 
 
 def test_floor_is_that_of_bytes_or_of_products() -> None:
