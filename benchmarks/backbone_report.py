@@ -11,8 +11,16 @@ from mmvil.ops.flops import mlstm_flops
 from mmvil.ops.triton_launch import choose_form
 
 __all__ = [
-    'BLOCK_NAME', 'COLUMNS', 'TIMES_ROUNDING', 'add_ratios', 'block_floor', 'draw', 'earlier_rows', 'known_bytes', 'verdict'
-]  # fmt: skip
+    'BLOCK_NAME',
+    'COLUMNS',
+    'TIMES_ROUNDING',
+    'add_ratios',
+    'block_floor',
+    'draw',
+    'earlier_rows',
+    'known_bytes',
+    'verdict',
+]
 
 HEADS, EXPAND, CHUNK = 4, 2, 64
 # Bytes and FLOPs of a block's parts for one image, bfloat16: (name, bytes / (S D), FLOPs / (S D^2)).
