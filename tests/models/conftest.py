@@ -1,9 +1,12 @@
-"""The fast path of blocks on any device."""
+"""The fast path of blocks on any device; one process as a group of its own."""
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmvil.models import ViLBlock, ViLLayer, block
@@ -40,3 +43,11 @@ def fused_anywhere(monkeypatch: pytest.MonkeyPatch, fused_runs: Counter) -> Coun
     monkeypatch.setattr(ViLLayer, 'forward', run_layer)
     monkeypatch.setattr(ViLBlock, 'forward', run_block)
     return fused_runs
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """What data-parallel training needs, without a second process."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -3,11 +3,9 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import Tensor, nn
@@ -134,13 +132,6 @@ def test_mixed_precision_with_accumulation_and_averaged_weights(dtype: str, fuse
     assert scales == [32.0, 32.0]  # no step was left out
     assert fused_anywhere['ViLBlock'] == 5 * LAYERS
     assert_same(*averages, tolerance=3e-2 if dtype == 'float16' else 2e-1)
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures('process_group')
