@@ -288,8 +288,9 @@ def inference_error(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, 
         (24, (3, 7), V1),
         (32, (15, 19), {'norm_bias': False}),  # more tokens than one scan takes
         (32, (1, 2), {'num_heads': 2}),
+        (80, (2, 9), {}),  # heads in two pieces
     ],
-    ids=['2d', 'no-bias', 'v1', 'many-tokens', 'two-tokens'],
+    ids=['2d', 'no-bias', 'v1', 'many-tokens', 'two-tokens', 'two-pieces'],
 )
 def test_inference_without_keys_and_values(
     dims: int, grid: tuple[int, int], options: dict, reverse: bool, nan_filled_empty: None
