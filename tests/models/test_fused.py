@@ -286,7 +286,7 @@ def inference_error(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, 
         (16, (3, 5), {}),
         (24, (5, 3), {'proj_bias': False}),
         (24, (3, 7), V1),
-        (32, (15, 19), {'norm_bias': False}),  # more tokens than one scan takes
+        (16, (13, 20), {'norm_bias': False}),  # more tokens than one scan takes
         (32, (1, 2), {'num_heads': 2}),
         (80, (2, 9), {}),  # heads in two pieces
     ],
@@ -383,8 +383,8 @@ def test_traced_in_one_graph_for_all_image_sizes(monkeypatch: pytest.MonkeyPatch
     for size in ((32, 32), (24, 40), (17, 50)):
         image = torch.randn(2, 3, *size, device=DEVICE)
         torch.testing.assert_close(compiled(image)[0], model(image)[0], rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(image)[0], model(image)[0], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image)[0], model(image)[0], rtol=1e-4, atol=1e-4)
 
 
 @on_kernels
