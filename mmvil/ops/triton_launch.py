@@ -47,8 +47,8 @@ the self-check first: wrong gradients on a new family have been seen in other li
 
 BFLOAT16_CAPABILITY = (8, 0)
 
-# (largest DH, largest S given to the quadratic form). By forward + backward time on one H100, interpolated between
-# 1,024 and 4,096 tokens; the last is an estimate. `benchmarks/bench_mlstm.py --rows forms` times both around them.
+# (largest DH, largest S given to the quadratic form). By forward + backward time on one H100, interpolated between the
+# lengths around them that `benchmarks/bench_mlstm.py --rows forms` times (benchmarks/results/mlstm_h100.json).
 QUADRATIC_MAX_TOKENS = ((128, 1024), (256, 1152), (MAX_HEAD_DIM, 1296))
 ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
 """Environment variable: 1 lets the kernels run on a card of unknown compute capability."""
