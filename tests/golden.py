@@ -9,12 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GOLDEN = Path(os.environ.get('MMVIL_GOLDEN') or Path(__file__).parent / 'data' / 'golden')
+COMMITTED = Path(__file__).parent / 'data' / 'golden'
+GOLDEN = Path(os.environ.get('MMVIL_GOLDEN') or COMMITTED)
 
 
 def golden_names(prefix: str) -> list[str]:
     """Names of the golden files that start with a prefix."""
     return sorted(path.stem for path in GOLDEN.glob(f'{prefix}*.npz'))
+
+
+def committed_names(prefix: str) -> list[str]:
+    """Those that are part of the repository, for tests that would take long over a whole collection."""
+    return [name for name in golden_names(prefix) if (COMMITTED / f'{name}.npz').is_file()]
 
 
 @cache
