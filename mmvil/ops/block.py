@@ -141,7 +141,7 @@ def _prepare(
     sizes = {name: lowered[name].numel() if name in lowered else 0 for name in LOWERED}
     exact_sizes = [parts * gates, taps * shape.inner, (3 + shape.block) * shape.inner if folded else 0]
     exact = weights['wq'].new_empty(sum(exact_sizes), dtype=torch.float32)
-    constant, turned, scores = exact.split_with_sizes(exact_sizes)
+    constant, turned, folding = exact.split_with_sizes(exact_sizes)
     low = exact.new_empty(parts * MIX_CHANNELS * (3 * MIX_CHANNELS + 2 * gates) + sum(sizes.values()), dtype=dtype)
     matrices, gate_matrices, *copies = low.split_with_sizes(
         [parts * 3 * MIX_CHANNELS**2, parts * 2 * MIX_CHANNELS * gates, *sizes.values()]
@@ -154,7 +154,7 @@ def _prepare(
     others = 3 * parts + ceil_div(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(others + (0 if norm is None else ceil_div(count, height)),)](
         weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wi'], weights['wf'],
-        weights['conv_w'], constant, turned, scores, matrices, gate_matrices,
+        weights['conv_w'], constant, turned, folding, matrices, gate_matrices,
         *(lowered.get(name, matrices) for name in sizes), *copies, rows, rows if norm is None else norm,
         rows if bias is None else bias, normalised, *sizes.values(), parts, others, shape.inner,
         count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, FOLDED=folded, QB=shape.block, HEADS=shape.heads,
@@ -162,7 +162,7 @@ def _prepare(
         BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
-    return MixWeights(constant, turned, scores, matrices, gate_matrices), found, normalised
+    return MixWeights(constant, turned, folding, matrices, gate_matrices), found, normalised
 
 
 def _mix(

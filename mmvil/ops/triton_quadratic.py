@@ -33,7 +33,6 @@ ROW_PLANES = 5
 BLOCK = 64
 SCAN_SPANS = {'SHORT_SPAN': 256, 'LONG_SPAN': 1024}
 """Positions that the scans take at a time: 256 where that is the whole sequence, 1,024 elsewhere."""
-SCAN_WARPS = 4
 
 # Fastest first, by kernel and largest DA + DB, measured on one H100 (benchmarks/results/mlstm_tiles_h100.json). The
 # last entry of each list is the smallest and fits 64 KiB of shared memory a program (float32 above DH 256: 72 KiB).
@@ -135,7 +134,7 @@ def scan_gates(q: Tensor, igate: Tensor, fgate: Tensor, reverse: bool) -> Tensor
     pitch = ceil_div(length, BLOCK)
     if q.numel():
         kernels.gate_scan_kernel[(batch * heads,)](
-            igate, fgate, stats, length, pitch, batch * heads * pitch, int(reverse), **SCAN_SPANS, num_warps=SCAN_WARPS
+            igate, fgate, stats, length, pitch, batch * heads * pitch, int(reverse), **SCAN_SPANS
         )
     return stats
 
@@ -245,6 +244,6 @@ def backward(
         name = 'key' if with_k else 'value'
         launch_first_fitting(_tiles(key_tiles, name, q), functools.partial(launch_key, with_k, with_v))
     kernels.gate_gradient_kernel[(batch * heads,)](
-        fgate, rows, digate, dfgate, length, pitch, plane, sign, **SCAN_SPANS, num_warps=SCAN_WARPS
+        fgate, rows, digate, dfgate, length, pitch, plane, sign, **SCAN_SPANS
     )
     return dq, dk, dv, digate, dfgate
