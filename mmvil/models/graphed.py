@@ -71,7 +71,8 @@ class TrainingGraphs:
             self._seen[kind] = -(1 << 60)  # the kinds that are there stay
         elif reason is None:
             try:
-                self._passes[kind] = _Pass(run, parameters, x)
+                with _fresh_leaves(module, parameters) as leaves:
+                    self._passes[kind] = _Pass(run, leaves, x)
             except RuntimeError as error:
                 reason = (str(error).strip().splitlines() or [repr(error)])[0]
                 self._given_up = True
@@ -192,6 +193,25 @@ class _Replay(torch.autograd.Function):
 def _flat_gradients(outputs: Sequence[Tensor], parameters: Sequence[Tensor], upstream: Sequence[Tensor]) -> Tensor:
     """Gradients of the parameters behind each other."""
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(outputs, parameters, upstream)])
+
+
+@contextmanager
+def _fresh_leaves(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put leaves with the same memory in the places of a module's parameters, and give them in the same order.
+
+    Autograd keeps the stream on which it first met a leaf for as long as a pass over it lives, such as that of a loss
+    still held from the batch before. A backward pass waits for that stream; waiting for another breaks a capture.
+    """
+    leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
+    owners = [(part._parameters, name, p) for part in module.modules() for name, p in part._parameters.items()]
+    owners = [(own, name, p) for own, name, p in owners if p in leaves]
+    try:
+        for own, name, p in owners:
+            own[name] = leaves[p]
+        yield list(leaves.values())
+    finally:
+        for own, name, p in owners:
+            own[name] = p
 
 
 @contextmanager
