@@ -42,7 +42,10 @@ KERNEL_BYTES = {
     'branch_kernel': 4 + 2,
     'output_backward_kernel': 8 * 4,
     'query_kernel': 2 * 4,
-    'query_gradient_kernel': 5 * 4,
+    'query_gradient_kernel': 6 * 4,
+    'row_kernel': 2 * 4,
+    'matrix_kernel': 4 * 4,  # and matrices, below
+    'matrix_gradient_kernel': 3 * 4,  # on average of one launch for dq and one for dk and dv
     'mix_backward_kernel': 5 * 4,
     'value_backward_kernel': 3 * 4,
     'conv2d_backward_kernel': 4 * 4,
@@ -52,6 +55,8 @@ INFERENCE_BYTES = {'mix2d_kernel': 3 * 4 + 2}
 """Where keys and values do not exist."""
 KEY_GRADIENT_BYTES = {True: 6 * 4, False: 18}
 """Of the kernel for dk and dv by whether it makes both; else one launch for dk (20) and one for dv (16)."""
+MATRICES = {'matrix_kernel': 2, 'matrix_gradient_kernel': 1.5}
+"""Matrices of S x S that a launch writes or reads for each head, blocks of 64 on and below the diagonal."""
 COLUMNS = [
     'size', 'pixels', 'images', 'model', 'forward', 'forward_compiled', 'forward_graph', 'forward_bf16', 'train',
     'train_compiled', 'train_graph', 'train_replayed', 'forward/deit', 'forward_bf16/deit', 'train/deit', 'memory/deit',
@@ -166,10 +171,13 @@ def known_bytes(kernel: str, images: int, tokens: int, dims: int, work: str) -> 
         dims: D.
         work: 'forward', which is inference, or 'train'.
     """
-    is_folded = work == 'forward' and choose_form(tokens, EXPAND * dims // HEADS) == 'quadratic'
+    is_folded = work == 'forward' and choose_form(tokens, EXPAND * dims // HEADS, trains=False) == 'quadratic'
     table = KERNEL_BYTES | INFERENCE_BYTES if is_folded else KERNEL_BYTES
     units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else table.get(kernel)
-    return None if units is None else units * images * tokens * dims
+    if units is None:
+        return None
+    matrices = MATRICES.get(kernel, 0) * HEADS * (tokens + 64)  # two bytes an element, half of them
+    return round((units * dims + matrices) * images * tokens)
 
 
 def earlier_rows(path: Path | None, facts: dict[str, object], replaced: Iterable[tuple[str, int]]) -> dict[str, object]:

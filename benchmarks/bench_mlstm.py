@@ -137,6 +137,11 @@ def attention(stopwatch: Stopwatch, inputs: list[Tensor], dh: Tensor) -> dict[st
     }
 
 
+def chosen_forms(length: int, dim: int) -> str:
+    """What 'auto' runs without and with a backward pass."""
+    return ', '.join(dict.fromkeys(choose_form(length, dim, trains) for trains in (False, True)))
+
+
 def speed_rows(
     stopwatch: Stopwatch, rates: dict[str, float], names: list[str], cases: list[tuple[int, int, int]]
 ) -> list[dict[str, object]]:
@@ -148,11 +153,12 @@ def speed_rows(
         base = attention(stopwatch, inputs, dh)
         rows.append({**shape, **base})
         limit = floor(batch, length, dim, rates)
+        chosen = chosen_forms(length, dim)
         for name in names:
-            if 'auto' in names and name == f'triton {choose_form(length, dim)}':
+            if 'auto' in names and name == f'triton {chosen}':
                 continue  # the row of 'auto' is the same
             run = backends(length, dim)[name]
-            row = {**shape, 'backend': name, 'runs': choose_form(length, dim) if name == 'auto' else ''}
+            row = {**shape, 'backend': name, 'runs': chosen if name == 'auto' else ''}
             rows.append(row)
             if 'torch' in name and batch * length * length * 4 > 2**33:
                 row['error'] = 'left out: too slow'
@@ -183,7 +189,7 @@ def form_rows(stopwatch: Stopwatch) -> list[dict[str, object]]:
         for length in lengths:
             batch = FORM_TOKENS // length
             inputs, dh = make_inputs(batch, length, dim)
-            row: dict[str, object] = {'batch': batch, 'tokens': length, 'dim': dim, 'auto': choose_form(length, dim)}
+            row: dict[str, object] = {'batch': batch, 'tokens': length, 'dim': dim, 'auto': chosen_forms(length, dim)}
             for form in FORMS:
                 run = backends(length, dim)[f'triton {form}']
                 row[f'{form} forward'] = stopwatch(graphed(lambda run=run, inputs=inputs: run(*inputs)))['median']

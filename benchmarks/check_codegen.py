@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mmvil.ops import triton_chunkwise, triton_quadratic
 from mmvil.ops.block_op import WEIGHTS
-from mmvil.ops.triton_launch import DeviceLimits, Tiles, head_pieces
+from mmvil.ops.triton_launch import DeviceLimits, head_pieces, launch_first_fitting
 
 FORMS = ('chunkwise', 'quadratic', 'block')
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
@@ -256,6 +256,12 @@ def compile_chunkwise(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits
             triton_chunkwise.backward(dh, *inputs, h, saved, True, 1e-6, tiles)
 
 
+def launch_all(candidates: Sequence[object], launch: Callable[[object], object]) -> None:
+    """In place of `launch_first_fitting`."""
+    for tiles in candidates:
+        launch(tiles)
+
+
 def compile_quadratic(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits: DeviceLimits) -> None:
     """Compile every tile setting of the quadratic form that the card may have the shared memory for."""
     dim, size = dh.shape[-1], dh.element_size()
@@ -267,9 +273,13 @@ def compile_quadratic(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits
             if name == 'forward':
                 triton_quadratic.forward(*inputs, True, 1e-6, tiles)
             elif name == 'query':
-                triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, query_tiles=tiles)
+                triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, query_tiles=tiles, stored=False)
             elif name == 'key' or not joint:
-                triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, key_tiles=tiles, joint=joint)
+                triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, key_tiles=tiles, joint=joint, stored=False)
+    print(f' stored {triton_quadratic.STORED_TILES}')
+    triton_quadratic.launch_first_fitting = launch_all
+    triton_quadratic.backward(dh, *inputs, h, saved, True, 1e-6, stored=True)
+    triton_quadratic.launch_first_fitting = launch_first_fitting
 
 
 def compile_block(dim: int, dtype: torch.dtype) -> None:
@@ -277,10 +287,6 @@ def compile_block(dim: int, dtype: torch.dtype) -> None:
     from mmvil.models import ViLBlock
     from mmvil.models.fused import fused_weights
     from mmvil.ops import block, block_backward
-
-    def launch_all(candidates: Sequence[Tiles], launch: Callable[[Tiles], object]) -> None:
-        for tiles in candidates:
-            launch(tiles)
 
     block.launch_first_fitting = launch_all
     x = torch.empty(1, 196, 2 * dim)

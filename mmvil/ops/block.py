@@ -36,7 +36,7 @@ from .triton_launch import (
     next_power_of_two,
 )
 
-__all__ = ['CELL_EPS', 'NORM_EPS', 'BlockShape', 'as_heads', 'block_forward', 'gate_width', 'qkv_biases']
+__all__ = ['CELL_EPS', 'NORM_EPS', 'BlockShape', 'as_heads', 'as_rows', 'block_forward', 'gate_width', 'qkv_biases']
 
 kernels = FastKernels(block_kernels)
 cell_kernels = FastKernels(block_cell_kernels)
@@ -65,9 +65,11 @@ SETTINGS = {
     'mix_rows': (4, 4),
     'gates': (64, 2),
     'scan': (SCAN_TOKENS, 8),
-    'output': (2048, 4),
-    'folded_output': (4096, 4),  # more rows for each load of a weight
 }
+# Elements of a tile, warps, stages of the loop; programs that a multiprocessor holds at a time, and where each holds
+# many weights of folded projections.
+OUTPUT_TILE = (512, 1, 3, 16, 8)
+FOLDED_WIDTH = 256
 NORM_EPS = 1e-5
 CELL_EPS = 1e-6
 
@@ -232,6 +234,12 @@ def as_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(B, NH, S, DH) as (B * S, E), without a copy if it is token-major."""
+    batch, heads, tokens, dim = x.shape
+    return x.transpose(1, 2).reshape(batch * tokens, heads * dim)
+
+
 def _folded_cell(
     shape: BlockShape, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, mix: MixWeights, has_bias: bool
 ) -> Tensor:
@@ -262,17 +270,19 @@ def _output(
     weights: dict[str, Tensor | None], folded: bool,
 ) -> Tensor:  # fmt: skip
     """y (B, S, E). If folded, from what `_folded_cell` gives."""
-    dim = shape.inner // shape.heads
+    dim, count = shape.inner // shape.heads, shape.batch * shape.tokens
     y = torch.empty_like(pre)
+    elements, warps, stages, held, held_folded = OUTPUT_TILE
     width = next_power_of_two(dim)
-    elements, warps = SETTINGS['folded_output' if folded else 'output']
+    held = held_folded if folded and width > FOLDED_WIDTH else held
     height = max(1, elements // width)
+    steps = ceil_div(count * shape.heads, height * held * device_limits(y.device).multiprocessors)
     bias, share = weights['head_b'], stats[triton_quadratic.NORMALISER_PLANE] if folded else mix.constant
-    norm_kernels.output_kernel[(ceil_div(shape.tokens, height), shape.heads, shape.batch)](
-        h, h.stride(0), h.stride(1), h.stride(2), pre, z, z.stride(0), z.stride(1), weights['head_w'],
-        weights['head_w'] if bias is None else bias, weights['skip'], mix.folded[3 * shape.inner :] if folded else pre,
-        qkv_biases(weights)[2], share, y, shape.tokens, shape.inner, share.shape[-1], int(shape.reverse), NORM_EPS,
-        FOLDED=folded, QKV_BIAS=weights['bq'] is not None, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width,
+    norm_kernels.output_kernel[(ceil_div(count, height * steps), shape.heads)](
+        as_rows(h), pre, z, z.stride(1), weights['head_w'], weights['head_w'] if bias is None else bias,
+        weights['skip'], mix.folded[3 * shape.inner :] if folded else pre, qkv_biases(weights)[2], share, y,
+        count, shape.tokens, shape.inner, share.shape[-1], int(shape.reverse), NORM_EPS, steps, FOLDED=folded,
+        QKV_BIAS=weights['bq'] is not None, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
     return y

@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import block_backward_kernels, block_backward_norm_kernels, block_conv_kernels
-from .block import CELL_EPS, NORM_EPS, BlockShape, as_heads, gate_width, qkv_biases
+from . import block_backward_kernels, block_backward_norm_kernels, block_conv_kernels, triton_quadratic
+from .block import CELL_EPS, NORM_EPS, BlockShape, as_heads, as_rows, gate_width, qkv_biases
 from .fast_launch import FastKernels
 from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
@@ -81,12 +81,6 @@ def _row_tile(name: str, dims: int) -> tuple[int, int]:
     """Rows and columns of a tile that holds whole rows of `dims` elements."""
     width = next_power_of_two(dims)
     return max(1, ROW_TILES[name][0] // width), width
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, NH, S, DH) as (B * S, NH * DH), without a copy if it is token-major."""
-    batch, heads, tokens, dim = x.shape
-    return x.transpose(1, 2).reshape(batch * tokens, heads * dim)
 
 
 class _Backward:
@@ -169,22 +163,23 @@ class _Backward:
 
     def output_gradients(
         self, branch: Tensor, down_w: Tensor, h: Tensor, pre: Tensor, dz: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dh, dc (N, E) and the gradient of the down-projection's weight; dz is written in place."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dh, dc (N, E), rows' dh.h (B, NH, S) and the gradient of the down-projection's weight; dz in place."""
         shape, weights = self.shape, self.weights
         dy = branch @ down_w
         dim = shape.inner // shape.heads
         height, width = _row_tile('output', dim)
         y, dh, dc = (torch.empty_like(pre) for _ in range(3))
+        products = h.new_empty(shape.batch, shape.heads, shape.tokens, dtype=torch.float32)
         bias = weights['head_b']
         steps, programs = self.output
         norm_kernels.output_backward_kernel[(programs, shape.heads)](
             h, pre, self.z, self.z.stride(0), weights['head_w'], weights['head_w'] if bias is None else bias,
-            weights['skip'], dy, y, dz, dz.stride(0), dh, dc, self.sums.parts[5], self.count, shape.inner, NORM_EPS,
-            steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, STAGES=ROW_TILES['output'][2],
-            num_warps=ROW_TILES['output'][1],
+            weights['skip'], dy, y, dz, dz.stride(0), dh, dc, products, self.sums.parts[5], self.count, shape.tokens,
+            shape.inner, NORM_EPS, steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width,
+            STAGES=ROW_TILES['output'][2], num_warps=ROW_TILES['output'][1],
         )  # fmt: skip
-        return dh, dc, branch.t() @ y
+        return dh, dc, products, branch.t() @ y
 
     def prepare(self, dout: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The branch's gradient (N, D) and the outer projections' weights, both in the activations' dtype; the gates.
@@ -339,11 +334,12 @@ def block_backward(
     branch, up_w, down_w, maps = run.prepare(dout, scale)
     du = torch.empty_like(run.u)
     da, dz = du.chunk(2, 1)
-    dh, dc, ddown_w = run.output_gradients(branch, down_w, _rows(h), pre, dz)
+    dh, dc, products, ddown_w = run.output_gradients(branch, down_w, as_rows(h), pre, dz)
     q = run.queries(pre)
     heads = [as_heads(t.view(k.shape), shape.heads) for t in (dh, q)] + [as_heads(t, shape.heads) for t in (k, v)]
-    *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, CELL_EPS)
-    dq, dk, dv = (_rows(t) for t in dqkv)
+    known = {'products': products} if cell is triton_quadratic else {}
+    *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, CELL_EPS, **known)
+    dq, dk, dv = (as_rows(t) for t in dqkv)
     dpre = run.mix_gradient(pre, dq, dk, dc, (di, df), maps)
     run.value_gradient(dv, (di, df), maps, da)
     run.conv_gradient(dpre, da)

@@ -12,33 +12,15 @@ import triton
 import triton.language as tl
 
 from .block_kernels import _block_matrix, _gate_matrix, _load_block, _store_block
-from .triton_launch import interpreting
+from .triton_gates import fast_sigmoid
 
 __all__ = [
-    'fast_sigmoid',
     'finish_kernel',
     'mix_backward_kernel',
     'query_kernel',
     'sum_kernel',
     'value_backward_kernel',
 ]
-
-
-ON_DEVICE = tl.constexpr(not interpreting())
-
-
-@triton.jit
-def fast_sigmoid(x):
-    """1 / (1 + exp(-x)), float32, without the care for denormal numbers that makes up most of `tl.sigmoid`'s cost."""
-    if ON_DEVICE:
-        # t = 2 ** (-log2(e) * x); 1 / (t + 1)
-        return tl.inline_asm_elementwise(
-            """{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;
-            rcp.approx.ftz.f32 $0, t; }""",
-            '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.sigmoid(x)
 
 
 @triton.jit

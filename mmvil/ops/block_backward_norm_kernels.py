@@ -7,8 +7,8 @@ of partial sums each, and added up by `sum_kernel` of `block_backward_kernels.py
 import triton
 import triton.language as tl
 
-from .block_backward_kernels import fast_sigmoid
 from .block_kernels import _fold_gates, _load_block, _store_block
+from .triton_gates import fast_sigmoid
 
 __all__ = ['layer_norm_backward_kernel', 'output_backward_kernel', 'prepare_backward_kernel']
 
@@ -110,13 +110,16 @@ def layer_norm_backward_kernel(
     tl.store(sums_ptr + D, db, mask=col < D)
 
 
-@triton.jit(do_not_specialize=['N', 'steps'])
+@triton.jit(do_not_specialize=['N', 'S', 'steps'])
 def output_backward_kernel(
-    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, dy_ptr, y_ptr, dz_ptr, dz_row, dh_ptr, dc_ptr, sums_ptr,
-    N, E, eps, steps,
+    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, dy_ptr, y_ptr, dz_ptr, dz_row, dh_ptr, dc_ptr, product_ptr,
+    sums_ptr, N, S, E, eps, steps,
     HAS_BIAS: tl.constexpr, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y again; dz, dh, dc through the gated output of one head; sums over tokens for the bias of z, w, b and skip."""
+    """y again; dz, dh, dc through the gated output of one head; sums over tokens for the bias of z, w, b and skip.
+
+    And dh.h of each row, (B, NH, S), with dh as it is stored: the cell's backward pass begins with it.
+    """
     program = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.arange(0, BD)
@@ -131,9 +134,9 @@ def output_backward_kernel(
     dskip = tl.zeros((BM, BD), tl.float32)
     dzsum = tl.zeros((BM, BD), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        n = (program * steps + step) * BM + tl.arange(0, BM)
-        mask = (n < N)[:, None] & (d < DH)[None, :]
-        n = n.to(tl.int64)[:, None]
+        token = (program * steps + step) * BM + tl.arange(0, BM)
+        mask = (token < N)[:, None] & (d < DH)[None, :]
+        n = token.to(tl.int64)[:, None]
         place = n * E + channel[None, :]
         h = tl.load(h_ptr + place, mask=mask, other=0.0).to(tl.float32)
         pre = tl.load(pre_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -158,7 +161,11 @@ def output_backward_kernel(
         db += dinner
         g = dinner * w[None, :]
         dh = rstd[:, None] * (g - (tl.sum(g, 1) / DH)[:, None] - normalised * (tl.sum(g * normalised, 1) / DH)[:, None])
-        tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+        dh = dh.to(dh_ptr.dtype.element_ty)
+        tl.store(dh_ptr + place, dh, mask=mask)
+        image = token // S
+        row = (image * tl.num_programs(1) + head).to(tl.int64) * S + (token - image * S)
+        tl.store(product_ptr + row, tl.sum(dh.to(tl.float32) * h, 1), mask=token < N)
     sums_ptr += program.to(tl.int64) * 4 * E + channel
     tl.store(sums_ptr, tl.sum(dzsum, 0), mask=d < DH)
     tl.store(sums_ptr + E, tl.sum(dw, 0), mask=d < DH)

@@ -10,6 +10,8 @@ y   (B, S, E)       (norm(h) + skip * c) * SiLU(z)
 import triton
 import triton.language as tl
 
+from .triton_gates import fast_sigmoid
+
 __all__ = ['normalise', 'output_kernel']
 
 
@@ -43,63 +45,86 @@ def _every_fourth(x, BM: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _block_row(x0, x1, x2, x3, w, pitch, exists, row: tl.constexpr):
-    """One row of every block times four neighbouring channels. Weights (4, 4, E / 4), so that loads are adjacent."""
+def _row_weights(w, pitch, exists, row: tl.constexpr):
+    """One row of every block, four tensors (BD / 4,). Weights (4, 4, E / 4), so that loads are adjacent."""
     w += row * 4 * pitch
-    w0, w1 = tl.load(w, mask=exists, other=0.0), tl.load(w + pitch, mask=exists, other=0.0)
-    w2, w3 = tl.load(w + 2 * pitch, mask=exists, other=0.0), tl.load(w + 3 * pitch, mask=exists, other=0.0)
+    return (
+        tl.load(w, mask=exists, other=0.0),
+        tl.load(w + pitch, mask=exists, other=0.0),
+        tl.load(w + 2 * pitch, mask=exists, other=0.0),
+        tl.load(w + 3 * pitch, mask=exists, other=0.0),
+    )
+
+
+@triton.jit
+def _block_row(x0, x1, x2, x3, weights):
+    """One row of every block times four neighbouring channels."""
+    w0, w1, w2, w3 = weights
     return x0 * w0[None, :] + x1 * w1[None, :] + x2 * w2[None, :] + x3 * w3[None, :]
 
 
 @triton.jit
-def _through_blocks(x, w, pitch, DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+def _through_blocks(x, weights, BM: tl.constexpr, BD: tl.constexpr):
     """Block-diagonal matrix times each row of x, (BM, BD). No value changes its thread."""
     x0, x1, x2, x3 = _every_fourth(x, BM, BD)
-    g = tl.arange(0, BD // 4)
-    w, exists = w + g, g * 4 < DH
-    y0, y1 = _block_row(x0, x1, x2, x3, w, pitch, exists, 0), _block_row(x0, x1, x2, x3, w, pitch, exists, 1)
-    y2, y3 = _block_row(x0, x1, x2, x3, w, pitch, exists, 2), _block_row(x0, x1, x2, x3, w, pitch, exists, 3)
+    first, second, third, fourth = weights
+    y0, y1 = _block_row(x0, x1, x2, x3, first), _block_row(x0, x1, x2, x3, second)
+    y2, y3 = _block_row(x0, x1, x2, x3, third), _block_row(x0, x1, x2, x3, fourth)
     return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (BM, BD))
 
 
-@triton.jit(do_not_specialize=['S', 'pitch', 'reverse'])
+@triton.jit(do_not_specialize=['N', 'S', 'pitch', 'reverse', 'steps'])
 def output_kernel(
-    h_ptr, h_batch, h_head, h_row, pre_ptr, z_ptr, z_batch, z_row, w_ptr, b_ptr, skip_ptr, wv_ptr, bv_ptr, share_ptr,
-    y_ptr, S, E, pitch, reverse, eps, FOLDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, wv_ptr, bv_ptr, share_ptr, y_ptr, N, S, E, pitch, reverse,
+    eps, steps, FOLDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, DH: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = ((1 + w) * norm(h) + b + skip * c) * SiLU(z) for BM tokens of one head.
+    """y = ((1 + w) * norm(h) + b + skip * c) * SiLU(z) for `steps` times BM of the N = B * S tokens, and one head.
 
     pre holds what c is the SiLU of. FOLDED: it holds c, and h is what the blocks of Wv, (4, 4, E / 4), and bv times the
     row's share (B * NH, pitch), in reading order, make of it.
     """
-    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    program = tl.program_id(0)
     head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BD)
     channel = head * DH + d
-    mask = (t < S)[:, None] & (d < DH)[None, :]
-    t = t.to(tl.int64)
-    h = tl.load(h_ptr + batch * h_batch + head * h_head + t[:, None] * h_row + d[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
-    c = tl.load(pre_ptr + (batch * S + t[:, None]) * E + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    if FOLDED:
-        h = _through_blocks(h, wv_ptr + head * (DH // 4), E // 4, DH, BM, BD)
-        if QKV_BIAS:
-            position = tl.where(reverse != 0, S - 1 - t, t)
-            share = tl.load(share_ptr + (batch * (E // DH) + head) * pitch + position, mask=t < S, other=0.0)
-            h += share[:, None] * tl.load(bv_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)[None, :]
-    else:
-        c *= tl.sigmoid(c)
-    mean = tl.sum(h, 1) / DH
-    centred = tl.where(mask, h - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DH + eps)
-    w = tl.load(w_ptr + channel, mask=d < DH, other=0.0).to(tl.float32) + 1.0
-    skip = tl.load(skip_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)
-    inner = centred * rstd[:, None] * w[None, :] + skip[None, :] * c
+    exists = d < DH
+    w = tl.load(w_ptr + channel, mask=exists, other=0.0).to(tl.float32) + 1.0
+    skip = tl.load(skip_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    bias = tl.zeros((BD,), tl.float32)
     if HAS_BIAS:
-        inner += tl.load(b_ptr + channel, mask=d < DH, other=0.0).to(tl.float32)[None, :]
-    y = inner * z * tl.sigmoid(z)
-    tl.store(y_ptr + (batch * S + t[:, None]) * E + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        bias += tl.load(b_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    wv, bv = bias, bias
+    if FOLDED:
+        g = tl.arange(0, BD // 4)
+        block, held = wv_ptr + head * (DH // 4) + g, g * 4 < DH
+        wv = (
+            _row_weights(block, E // 4, held, 0), _row_weights(block, E // 4, held, 1),
+            _row_weights(block, E // 4, held, 2), _row_weights(block, E // 4, held, 3),
+        )  # fmt: skip
+        if QKV_BIAS:
+            bv = tl.load(bv_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        n = (program * steps + step) * BM + tl.arange(0, BM)
+        mask = (n < N)[:, None] & exists[None, :]
+        row = n.to(tl.int64)[:, None]
+        place = row * E + channel[None, :]
+        h = tl.load(h_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(pre_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * z_row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        if FOLDED:
+            h = _through_blocks(h, wv, BM, BD)
+            if QKV_BIAS:
+                image = n // S
+                t = n - image * S
+                position = tl.where(reverse != 0, S - 1 - t, t)
+                share = share_ptr + (image.to(tl.int64) * tl.num_programs(1) + head) * pitch + position
+                h += tl.load(share, mask=n < N, other=0.0)[:, None] * bv[None, :]
+        else:
+            c *= fast_sigmoid(c)
+        mean = tl.sum(h, 1) / DH
+        centred = tl.where(mask, h - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / DH + eps)
+        inner = centred * rstd[:, None] * w[None, :] + bias[None, :] + skip[None, :] * c
+        y = inner * (z * fast_sigmoid(z))
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)

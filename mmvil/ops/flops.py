@@ -106,7 +106,7 @@ def block_flops(
     taps = math.prod(weights['conv_w'][1:])
     per_token = math.prod(weights['up_w']) + math.prod(weights['down_w'])
     per_token += inner * (taps + 3 * block) + 2 * heads * 3 * inner
-    form = choose_form(tokens, inner // heads)
+    form = choose_form(tokens, inner // heads, trains=False)
     cell = mlstm_flops((x[0], heads, tokens, inner // heads), form, backward=backward)
     return (4 if backward else 2) * x[0] * tokens * per_token + cell
 

@@ -91,7 +91,8 @@ def mlstm(
         return torch.ops.mmvil.mlstm_counted(q, k, v, igate, fgate, custom_op.counted_form)
     backend = _choose_backend(backend, q)
     if backend == 'triton':
-        form = choose_form(q.shape[-2], q.shape[-1])
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, igate, fgate))
+        form = choose_form(q.shape[-2], q.shape[-1], trains)
         return custom_op.mlstm_triton(q, k, v, igate, fgate, bool(reverse), float(eps), form)
     # The step-by-step definition loses digits in float32 where the normaliser cancels, so it is given more of them.
     double = q.dtype == torch.float64 or (backend == 'recurrent' and q.device.type != 'mps')

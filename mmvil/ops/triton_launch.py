@@ -47,9 +47,9 @@ the self-check first: wrong gradients on a new family have been seen in other li
 
 BFLOAT16_CAPABILITY = (8, 0)
 
-# (largest DH, largest S given to the quadratic form). By forward + backward time on one H100, interpolated between the
-# lengths around them that `benchmarks/bench_mlstm.py --rows forms` times (benchmarks/results/mlstm_h100.json).
-QUADRATIC_MAX_TOKENS = ((128, 1024), (256, 1152), (MAX_HEAD_DIM, 1296))
+# (largest DH, largest S given to the quadratic form with and without a backward pass), by time on one H200,
+# interpolated between the lengths of `benchmarks/bench_mlstm.py --rows forms` (benchmarks/results/mlstm_h200.json).
+QUADRATIC_MAX_TOKENS = ((128, 896, 1152), (256, 1024, 1408), (MAX_HEAD_DIM, 1280, 2048))
 ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
 """Environment variable: 1 lets the kernels run on a card of unknown compute capability."""
 
@@ -300,15 +300,16 @@ def why_not_dtype(dtype: torch.dtype, device_type: str, index: int | None) -> st
     return None
 
 
-def choose_form(length: int, head_dim: int) -> str:
+def choose_form(length: int, head_dim: int, trains: bool) -> str:
     """Pick the form of the kernels.
 
     Args:
         length: S.
         head_dim: DH.
+        trains: Whether a backward pass follows.
 
     Returns:
-        'quadratic'; or 'chunkwise' for long sequences, by forward + backward time on one H100.
+        'quadratic'; or 'chunkwise' for sequences from which on it is faster.
     """
-    limit = next(tokens for largest, tokens in QUADRATIC_MAX_TOKENS if head_dim <= largest)
-    return 'quadratic' if length <= limit else 'chunkwise'
+    limits = next(limits for largest, *limits in QUADRATIC_MAX_TOKENS if head_dim <= largest)
+    return 'quadratic' if length <= limits[0 if trains else 1] else 'chunkwise'

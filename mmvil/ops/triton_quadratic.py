@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import triton_quadratic_kernels
+from . import triton_quadratic_kernels, triton_quadratic_stored_kernels
 from .fast_launch import FastKernels
 from .triton_launch import (
     DeviceLimits,
@@ -18,6 +18,7 @@ from .triton_launch import (
     head_pieces,
     launch_first_fitting,
     log_scale,
+    next_power_of_two,
     row_alignment,
     row_strides,
     rows_contiguous,
@@ -26,10 +27,12 @@ from .triton_launch import (
 __all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'empty_saved', 'forward', 'scan_gates', 'tile_candidates']
 
 kernels = FastKernels(triton_quadratic_kernels)
+stored_kernels = FastKernels(triton_quadratic_stored_kernels)
 
 STATS_PLANES = 7
 NORMALISER_PLANE = 5
 ROW_PLANES = 5
+Q_DQ_PLANE = 3
 BLOCK = 64
 SCAN_SPANS = {'SHORT_SPAN': 256, 'LONG_SPAN': 1024}
 """Positions that the scans take at a time: 256 where that is the whole sequence, 1,024 elsewhere."""
@@ -65,6 +68,16 @@ FLOAT_TILES: dict[int, list[Tiles]] = {
 }
 # dk and dv in one kernel read q and dh once but hold two accumulators; above this many columns they are two launches.
 JOINT_KEY_COLUMNS = 128
+# Longest sequence of 16-bit inputs whose backward pass stores matrices of S x S: two of a head then take the memory of
+# at most a few tensors of its rows.
+STORED_TOKENS = 256
+STORED_COLUMNS = 192
+ROW_ELEMENTS = 2048
+# Of rows of a block; columns are channels or tokens of a step. The last of each fit every card.
+STORED_TILES = {
+    'matrix': (Tiles(BLOCK, 32, 4, 3, 16, 128), Tiles(BLOCK, 32, 4, 1, 16)),
+    'gradient': (Tiles(BLOCK, 32, 4, 4), Tiles(BLOCK, 32, 4, 1)),
+}
 
 
 @functools.lru_cache(maxsize=64)
@@ -186,7 +199,7 @@ def forward(
 def backward(
     dh: Tensor, q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, h: Tensor, saved: tuple[Tensor, ...],
     reverse: bool, eps: float, query_tiles: Tiles | None = None, key_tiles: Tiles | None = None,
-    joint: bool | None = None,
+    joint: bool | None = None, stored: bool | None = None, products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Exact gradients of `forward`, the normaliser's included.
 
@@ -204,6 +217,8 @@ def backward(
         query_tiles: Tile settings of the dq kernel; default: the table's.
         key_tiles: Tile settings of the dk / dv kernel; default: the table's.
         joint: Whether dk and dv share a kernel; default: by DH.
+        stored: Whether to keep matrices of S x S in memory meanwhile; default: by S and dtype.
+        products: dh.h of each row, (B, NH, S) float32, contiguous, if they are at hand.
 
     Returns:
         dq, dk, dv in q's dtype and digate, dfgate, (B, NH, S) float32.
@@ -214,19 +229,43 @@ def backward(
     digate, dfgate = torch.empty_like(igate), torch.empty_like(fgate)
     if q.numel() == 0:
         return dq, dk, dv, digate, dfgate
-    batch, heads, length, dim = q.shape
+    batch, heads, length, _ = q.shape
     sign = int(reverse)
     pitch = ceil_div(length, BLOCK)
     plane = batch * heads * pitch
-    rows = stats.new_empty((ROW_PLANES, *stats.shape[1:]))
     alignment = row_alignment(q, k, v, h, dh, dq, dk, dv)
+    if _stores_matrices(q) if stored is None else stored:
+        products = _row_products(h, dh, alignment) if products is None else products
+        sums, parts = _stored_gradients(dh, q, k, v, products, stats, dq, dk, dv, alignment, sign, eps), pitch
+    else:
+        rows = stats.new_empty((ROW_PLANES, *stats.shape[1:]))
+        sums, parts = rows[Q_DQ_PLANE:], 1
+        _fresh_gradients(
+            dh, q, k, v, h, products, stats, rows, dq, dk, dv, alignment, sign, eps, query_tiles, key_tiles, joint
+        )  # fmt: skip
+    kernels.gate_gradient_kernel[(batch * heads,)](
+        fgate, sums, digate, dfgate, length, pitch, plane, parts, sign, **SCAN_SPANS
+    )
+    return dq, dk, dv, digate, dfgate
+
+
+def _fresh_gradients(
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, h: Tensor, products: Tensor | None, stats: Tensor, rows: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, alignment: int, sign: int, eps: float, query_tiles: Tiles | None,
+    key_tiles: Tiles | None, joint: bool | None,
+) -> None:  # fmt: skip
+    """Fill dq, dk, dv and all planes of rows, with every kernel making the S x S products that it needs."""
+    batch, heads, length, dim = q.shape
+    pitch = ceil_div(length, BLOCK)
+    plane = batch * heads * pitch
     constants = _shared_constants(q, alignment)
 
     def launch_query(tiles: Tiles) -> object:
         grid = (batch * heads * ceil_div(length, tiles.rows),)
         return kernels.query_gradient_kernel[grid](
-            k, v, h, dh, dq, stats, rows, *row_strides(alignment, k, v, h, dh, dq),
-            length, heads, pitch, plane, sign, log_scale(dim), eps, **constants,
+            q, k, v, h, dh, dq, stats if products is None else products, stats, rows,
+            *row_strides(alignment, q, k, v, h, dh, dq), length, heads, pitch, plane, sign, log_scale(dim), eps,
+            WITH_H=products is None, **constants,
             BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, **tiles.options(),
         )  # fmt: skip
 
@@ -243,7 +282,58 @@ def backward(
     for with_k, with_v in [(True, True)] if joint else [(True, False), (False, True)]:
         name = 'key' if with_k else 'value'
         launch_first_fitting(_tiles(key_tiles, name, q), functools.partial(launch_key, with_k, with_v))
-    kernels.gate_gradient_kernel[(batch * heads,)](
-        fgate, rows, digate, dfgate, length, pitch, plane, sign, **SCAN_SPANS
-    )
-    return dq, dk, dv, digate, dfgate
+
+
+def _stores_matrices(q: Tensor) -> bool:
+    """Whether the backward pass stores matrices of S x S."""
+    return q.element_size() == 2 and q.shape[2] <= STORED_TOKENS
+
+
+def _row_products(h: Tensor, dh: Tensor, alignment: int) -> Tensor:
+    """dh_i.h_i, (B, NH, S) float32."""
+    batch, heads, length, dim = h.shape
+    width = next_power_of_two(dim)
+    height = max(1, ROW_ELEMENTS // width)
+    products = h.new_empty(batch, heads, length, dtype=torch.float32)
+    stored_kernels.row_product_kernel[(ceil_div(length, height), batch * heads)](
+        h, dh, products, *row_strides(alignment, h, dh), length, heads, DH=dim, BM=height, BD=width, ALIGN=alignment,
+        num_warps=4,
+    )  # fmt: skip
+    return products
+
+
+def _stored_gradients(
+    dh: Tensor, q: Tensor, k: Tensor, v: Tensor, products: Tensor, stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    alignment: int, sign: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """Fill dq, dk, dv; the planes of q.dq and of k.dk to add up."""
+    batch, heads, length, dim = q.shape
+    total, pitch = batch * heads, ceil_div(length, BLOCK)
+    p, d = q.new_empty(2, total, length, pitch * BLOCK)
+    sums = stats.new_empty(2 * pitch, total, pitch * BLOCK)
+
+    def launch_matrix(tiles: Tiles) -> None:
+        stored_kernels.matrix_kernel[(total * pitch * (pitch + 1) // 2,)](
+            q, k, v, dh, p, d, products, stats, sums, *row_strides(alignment, q, k, v, dh), length, heads, pitch,
+            total * pitch, sign, log_scale(dim), eps, DH=dim, BK=tiles.columns, SMALL=tiles.small, ALIGN=alignment,
+            **tiles.options(),
+        )  # fmt: skip
+
+    split = ceil_div(dim, STORED_COLUMNS)
+    first, second = head_pieces(ceil_div(dim, split))
+
+    def launch_gradients(turned: bool, *tensors: Tensor) -> None:
+        count = 2 if turned else 1
+
+        def launch(tiles: Tiles) -> None:
+            stored_kernels.matrix_gradient_kernel[(pitch * split * count, total)](
+                *tensors, *row_strides(alignment, *tensors[2:]), length, heads, pitch, sign, TURNED=turned, DH=dim,
+                CA=first, CB=second, SPLIT=split, BN=tiles.columns, ALIGN=alignment, **tiles.options(),
+            )  # fmt: skip
+
+        launch_first_fitting(STORED_TILES['gradient'], launch)
+
+    launch_first_fitting(STORED_TILES['matrix'], launch_matrix)
+    launch_gradients(False, d, d, k, k, dq, dq)
+    launch_gradients(True, d, p, q, dh, dk, dv)
+    return sums

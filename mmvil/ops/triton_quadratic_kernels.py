@@ -92,18 +92,23 @@ def gate_scan_kernel(
 
 
 @triton.jit
-def sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SPAN: tl.constexpr):
+def sum_gate_gradients(fgate, sums, digate, dfgate, S, pitch, plane, parts, reverse, SPAN: tl.constexpr):
     """`gate_gradient_kernel` for one head, SPAN positions at a time."""
     row = tl.program_id(0).to(tl.int64) * S
-    rows += tl.program_id(0).to(tl.int64) * pitch * BLOCK
+    sums += tl.program_id(0).to(tl.int64) * pitch * BLOCK
     plane = plane.to(tl.int64) * BLOCK
     total = tl.zeros((), tl.float64)
     for start in range(0, S, SPAN):
         position = S - 1 - start - tl.arange(0, SPAN)
         valid = position >= 0
         token = tl.where(reverse != 0, S - 1 - position, position)
-        from_query = tl.load(rows + Q_DQ * plane + position, mask=valid, other=0.0)
-        from_key = tl.load(rows + K_DK * plane + position, mask=valid, other=0.0)
+        from_query = tl.zeros((SPAN,), tl.float32)
+        from_key = tl.zeros((SPAN,), tl.float32)
+        for part in range(parts):
+            below = valid & ((parts == 1) | (position >= part * BLOCK))
+            above = valid & ((parts == 1) | (position < (part + 1) * BLOCK))
+            from_query += tl.load(sums + part * plane + position, mask=below, other=0.0)
+            from_key += tl.load(sums + (parts + part) * plane + position, mask=above, other=0.0)
         difference = from_query.to(tl.float64) - from_key.to(tl.float64)
         gradient = (total + tl.cumsum(difference, 0)).to(tl.float32)
         f = tl.load(fgate + row + token, mask=valid, other=0.0)
@@ -112,18 +117,19 @@ def sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SP
         total += tl.sum(difference, 0)
 
 
-@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'reverse'])
+@triton.jit(do_not_specialize=['S', 'pitch', 'plane', 'parts', 'reverse'])
 def gate_gradient_kernel(
-    fgate, rows, digate, dfgate, S, pitch, plane, reverse, SHORT_SPAN: tl.constexpr, LONG_SPAN: tl.constexpr
+    fgate, sums, digate, dfgate, S, pitch, plane, parts, reverse, SHORT_SPAN: tl.constexpr, LONG_SPAN: tl.constexpr
 ):  # fmt: skip
     """di_j = k_j.dk_j;  df_u = sigmoid(-f_u) * sum over t >= u of (q_t.dq_t - k_t.dk_t), summed in float64.
 
-    rows: the backward buffer; fgate, digate, dfgate (B, NH, S) float32 in token order. Spans and grid as in the scan.
+    sums: planes of q.dq and after them as many of k.dk to add up, the n-th of several from blocks of positions from n
+    on and up to n. fgate, digate, dfgate (B, NH, S) float32 in token order. Spans and grid as in the scan.
     """
     if S <= SHORT_SPAN:
-        sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, SHORT_SPAN)
+        sum_gate_gradients(fgate, sums, digate, dfgate, S, pitch, plane, parts, reverse, SHORT_SPAN)
     else:
-        sum_gate_gradients(fgate, rows, digate, dfgate, S, pitch, plane, reverse, LONG_SPAN)
+        sum_gate_gradients(fgate, sums, digate, dfgate, S, pitch, plane, parts, reverse, LONG_SPAN)
 
 
 @triton.jit
@@ -196,19 +202,20 @@ def row_dot(x_a, x_b, y_a, y_b, DB: tl.constexpr):
 
 @triton.jit
 def gather_rows(
-    x_a, x_b, e, y, y_step, z, z_step, stats, plane, S, first, log_scale,
+    x_a, x_b, e, log_factor, y, y_step, z, z_step, stats, plane, S, first, log_scale,
     WITH_E: tl.constexpr, WITH_SUM: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum_{j <= i} (x_i.y_j + e_i) scale exp2(g_j - M_i) z_j for i in [first, first + BM), and the sum of the weights.
+    """sum_{j <= i} (x_i.y_j + e_i) scale exp2(g_j - M_i + log_factor_i) z_j for i in [first, first + BM).
 
-    stats points at the head's row. Returns pieces (BM, DA), (BM, DB) and, if wanted, the row sums (BM,).
+    And the sum of what z_j is multiplied with. stats points at the head's row. Returns pieces (BM, DA), (BM, DB) and,
+    if wanted, the row sums (BM,).
     """
     i = first + tl.arange(0, BM)
     top_hi = tl.load(stats + M_HI * plane + i, mask=i < S, other=0.0)
     top_lo = tl.load(stats + M_LO * plane + i, mask=i < S, other=0.0)
     first_hi, first_lo = tl.load(stats + M_HI * plane + first), tl.load(stats + M_LO * plane + first)
-    top = (top_hi - first_hi) + (top_lo - first_lo)
+    top = (top_hi - first_hi) + (top_lo - first_lo) - log_factor
     acc_a = tl.zeros((BM, DA), tl.float32)
     acc_b = acc_a
     if DB > 0:
@@ -222,6 +229,7 @@ def gather_rows(
             g_hi = tl.load(stats + G_HI * plane + j, mask=j < S, other=0.0)
             g_lo = tl.load(stats + G_LO * plane + j, mask=j < S, other=0.0)
             weight = (g_hi[None, :] - top_hi[:, None]) + (g_lo[None, :] - top_lo[:, None]) + log_scale
+            weight += (tl.zeros((BM,), tl.float32) + log_factor)[:, None]
         else:
             block = stats + (start // BLOCK) * BLOCK
             block_hi, block_lo = tl.load(block + M_HI * plane), tl.load(block + M_LO * plane)
@@ -249,7 +257,7 @@ def hidden_rows(
     i = first + tl.arange(0, BM)
     m = tl.load(stats + STABILISER * plane + i, mask=i < S, other=0.0)
     acc_a, acc_b, n = gather_rows(
-        q_a, q_b, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, WITH_E, True, DH, DA, DB, BM, BN,
+        q_a, q_b, e, 0.0, k, k_step, v, v_step, stats, plane, S, first, log_scale, WITH_E, True, DH, DA, DB, BM, BN,
         PRECISION,
     )  # fmt: skip
     inverse = 1.0 / (tl.maximum(tl.abs(n), tl.exp(-m)) + eps)
@@ -321,82 +329,92 @@ def quadratic_forward_kernel(
 
 @triton.jit
 def query_gradient_tile(
-    k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, stats, rows, plane, S, first, log_scale, eps,
-    DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_step, k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, products, stats, rows, plane, S, first,
+    reverse, log_scale, eps, WITH_H: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq_i = (1 / den_i) sum_j (dh_i.v_j + e_i) w_ij k_j, with e_i = -(dh_i.h_i) sign(n_i) where |n_i| > exp(-m_i).
 
-    q_i.dq_i needs no q: it is dh_i.h_i, times eps / den_i where |n_i| > exp(-m_i), as q's length cancels in h there.
+    q_i.dq_i would need no q: it is dh_i.h_i, times eps / den_i where |n_i| > exp(-m_i), as q's length cancels in h
+    there. But the sums of q.dq and k.dk over tokens cancel, and their rounding errors do so only if both are made of
+    the same rounded products, 1 / den_i included.
     """
     i = first + tl.arange(0, BM)
     dh_a, dh_b = load_rows(dh, dh_step, i, S, DH, DA, DB)
-    h_a, h_b = load_rows(h, h_step, i, S, DH, DA, DB)
+    if WITH_H:
+        h_a, h_b = load_rows(h, h_step, i, S, DH, DA, DB)
+        product = row_dot(dh_a, dh_b, h_a, h_b, DB)
+    else:
+        product = tl.load(products + tl.where(reverse != 0, S - 1 - i, i), mask=i < S, other=0.0)
     n = tl.load(stats + NORMALISER * plane + i, mask=i < S, other=0.0)
     m = tl.load(stats + STABILISER * plane + i, mask=i < S, other=0.0)
     floor = tl.exp(-m)
     sign = tl.where(n > floor, 1.0, tl.where(-n > floor, -1.0, 0.0))
-    product = row_dot(dh_a, dh_b, h_a, h_b, DB)
     e = -product * sign
     inverse = 1.0 / (tl.maximum(tl.abs(n), floor) + eps)
+    log_inverse = tl.log2(inverse)
     tl.store(rows + E_ROW * plane + i, e, mask=i < S)
     tl.store(rows + W_ROW * plane + i, inverse, mask=i < S)
-    tl.store(rows + Q_DQ * plane + i, tl.where(sign == 0.0, product, product * eps * inverse), mask=i < S)
     top_hi = tl.load(stats + M_HI * plane + i, mask=i < S, other=0.0)
     top_lo = tl.load(stats + M_LO * plane + i, mask=i < S, other=0.0)
     block_hi = tl.load(stats + M_HI * plane + (i // BLOCK) * BLOCK, mask=i < S, other=0.0)
     block_lo = tl.load(stats + M_LO * plane + (i // BLOCK) * BLOCK, mask=i < S, other=0.0)
     decay = (block_hi - top_hi) + (block_lo - top_lo)
-    tl.store(rows + QUERY_BLOCK * plane + i, decay + tl.log2(inverse), mask=i < S)
+    tl.store(rows + QUERY_BLOCK * plane + i, decay + log_inverse, mask=i < S)
     acc_a, acc_b, _ = gather_rows(
-        dh_a, dh_b, e, v, v_step, k, k_step, stats, plane, S, first, log_scale, True, False, DH, DA, DB, BM, BN,
-        PRECISION,
+        dh_a, dh_b, e, log_inverse, v, v_step, k, k_step, stats, plane, S, first, log_scale, True, False, DH, DA, DB,
+        BM, BN, PRECISION,
     )  # fmt: skip
-    acc_a *= inverse[:, None]
-    if DB > 0:
-        acc_b *= inverse[:, None]
     store_rows(dq, dq_step, i, S, acc_a, acc_b, DH, DA, DB)
+    q_a, q_b = load_rows(q, q_step, i, S, DH, DA, DB)
+    tl.store(rows + Q_DQ * plane + i, row_dot(q_a, q_b, acc_a, acc_b, DB), mask=i < S)
 
 
 @triton.jit(
     do_not_specialize=[
-        'k_sb', 'k_sh', 'k_ss', 'v_sb', 'v_sh', 'v_ss', 'h_sb', 'h_sh', 'h_ss',
+        'q_sb', 'q_sh', 'q_ss', 'k_sb', 'k_sh', 'k_ss', 'v_sb', 'v_sh', 'v_ss', 'h_sb', 'h_sh', 'h_ss',
         'dh_sb', 'dh_sh', 'dh_ss', 'dq_sb', 'dq_sh', 'dq_ss', 'S', 'NH', 'pitch', 'plane', 'reverse'
     ]
 )  # fmt: skip
 def query_gradient_kernel(
-    k, v, h, dh, dq, stats, rows,
-    k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, h_sb, h_sh, h_ss, dh_sb, dh_sh, dh_ss, dq_sb, dq_sh, dq_ss,
-    S, NH, pitch, plane, reverse, log_scale, eps,
+    q, k, v, h, dh, dq, products, stats, rows,
+    q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, h_sb, h_sh, h_ss, dh_sb, dh_sh, dh_ss, dq_sb, dq_sh, dq_ss,
+    S, NH, pitch, plane, reverse, log_scale, eps, WITH_H: tl.constexpr,
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SMALL: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One dq tile of BM queries; per row e, 1 / den and q.dq for the kernels after it. Grid as in the forward."""
+    """One dq tile of BM queries; per row e, 1 / den and q.dq for the kernels after it. Grid as in the forward.
+
+    dh_i.h_i is made of h, or without it read from products (B * NH, S), float32, in token order.
+    """
     tiles = tl.cdiv(S, BM)
     index = tl.program_id(0) // tiles
     first = (tiles - 1 - tl.program_id(0) % tiles) * BM
+    q, q_step = head_start(q, index, NH, S, q_sb, q_sh, q_ss, reverse, ALIGN)
     k, k_step = head_start(k, index, NH, S, k_sb, k_sh, k_ss, reverse, ALIGN)
     v, v_step = head_start(v, index, NH, S, v_sb, v_sh, v_ss, reverse, ALIGN)
     h, h_step = head_start(h, index, NH, S, h_sb, h_sh, h_ss, reverse, ALIGN)
     dh, dh_step = head_start(dh, index, NH, S, dh_sb, dh_sh, dh_ss, reverse, ALIGN)
     dq, dq_step = head_start(dq, index, NH, S, dq_sb, dq_sh, dq_ss, reverse, ALIGN)
+    products += index.to(tl.int64) * S
     stats += index.to(tl.int64) * pitch * BLOCK
     plane = plane.to(tl.int64) * BLOCK
     rows += index.to(tl.int64) * pitch * BLOCK
     if SMALL > 0:
         if S - first <= SMALL:
             query_gradient_tile(
-                k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, stats, rows, plane, S, first,
-                log_scale, eps, DH, DA, DB, SMALL, BN, PRECISION,
+                q, q_step, k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, products, stats, rows, plane, S,
+                first, reverse, log_scale, eps, WITH_H, DH, DA, DB, SMALL, BN, PRECISION,
             )  # fmt: skip
         else:
             query_gradient_tile(
-                k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, stats, rows, plane, S, first,
-                log_scale, eps, DH, DA, DB, BM, BN, PRECISION,
+                q, q_step, k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, products, stats, rows, plane, S,
+                first, reverse, log_scale, eps, WITH_H, DH, DA, DB, BM, BN, PRECISION,
             )  # fmt: skip
     else:
         query_gradient_tile(
-            k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, stats, rows, plane, S, first,
-            log_scale, eps, DH, DA, DB, BM, BN, PRECISION,
+            q, q_step, k, k_step, v, v_step, h, h_step, dh, dh_step, dq, dq_step, products, stats, rows, plane, S,
+            first, reverse, log_scale, eps, WITH_H, DH, DA, DB, BM, BN, PRECISION,
         )  # fmt: skip
 
 

@@ -40,10 +40,11 @@ def test_kernels_fit(capability: int, limit: int, dtype: str, dim: int) -> None:
 @pytest.mark.parametrize(
     ('dtype', 'dims', 'edge', 'cell'),
     [
-        ('bfloat16', 192, 14, 'key_gradient_kernel'),
+        ('bfloat16', 192, 14, 'matrix_gradient_kernel'),
+        ('bfloat16', 192, 20, 'key_gradient_kernel'),  # more than 256
         ('bfloat16', 192, 33, 'product_kernel'),  # more than 1,024 tokens
-        ('float16', 384, 14, 'key_gradient_kernel'),
-        ('bfloat16', 768, 14, 'key_gradient_kernel'),
+        ('float16', 384, 14, 'matrix_gradient_kernel'),
+        ('bfloat16', 768, 14, 'matrix_gradient_kernel'),
         ('float32', 192, 33, 'product_kernel'),
     ],
     ids=str,

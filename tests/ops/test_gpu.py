@@ -85,7 +85,7 @@ def test_every_tile_setting(kernel: str, dim: int) -> None:
             if kernel in ('key', 'value'):
                 joint = kernel == 'key' and dim <= triton_quadratic.JOINT_KEY_COLUMNS
                 options = {'key_tiles': tiles, 'joint': joint}
-            actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, True, EPS, **options)]
+            actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, True, EPS, **options, stored=False)]
             assert_all_close(actual, reference, TOLERANCE[dtype])
 
 
@@ -172,8 +172,10 @@ def test_autocast() -> None:
         assert_all_close([h, *gradients], expected(rounded, dh.bfloat16(), False), TOLERANCE[torch.bfloat16])
 
 
-KERNEL_MODULES = {'quadratic': ['triton_quadratic_kernels'], 'chunkwise': ['triton_chunkwise_states']}
-KERNEL_MODULES['chunkwise'].append('triton_chunkwise_products')
+KERNEL_MODULES = {
+    'quadratic': ['triton_quadratic_kernels', 'triton_quadratic_stored_kernels'],
+    'chunkwise': ['triton_chunkwise_states', 'triton_chunkwise_products'],
+}
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -189,6 +191,7 @@ def test_no_compilation_for_another_batch_or_image_size(form: str) -> None:
 
     for reverse in (False, True):  # a constant of the chunkwise kernels
         step(2, 196, reverse)
+        step(2, 300, reverse)  # the quadratic form's backward pass has other kernels from some length on
     before = compiled_kernels()
     sizes = [(1, 1), (1, 16), (2, 17), (3, 49), (16, 64), (1, 144), (5, 196), (7, 197), (2, 256), (1, 1025), (3, 729)]
     for batch, length in sizes:

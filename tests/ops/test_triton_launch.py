@@ -111,16 +111,20 @@ def test_float32_products_follow_the_tf32_switch() -> None:
         assert dot_precision(torch.bfloat16) == 'ieee'
 
 
+@pytest.mark.parametrize('trains', [False, True])
 @pytest.mark.parametrize('dim', [1, 96, 128, 129, 192, 256, 384, 512])
-def test_form_changes_where_the_table_says(dim: int) -> None:
-    limit = next(tokens for largest, tokens in QUADRATIC_MAX_TOKENS if dim <= largest)
-    assert [choose_form(length, dim) for length in (1, 196, limit)] == ['quadratic'] * 3
-    assert [choose_form(length, dim) for length in (limit + 1, 65536)] == ['chunkwise'] * 2
+def test_form_changes_where_the_table_says(dim: int, trains: bool) -> None:
+    limits = next(limits for largest, *limits in QUADRATIC_MAX_TOKENS if dim <= largest)
+    limit = limits[0] if trains else limits[1]
+    assert [choose_form(length, dim, trains) for length in (1, 196, limit)] == ['quadratic'] * 3
+    assert [choose_form(length, dim, trains) for length in (limit + 1, 65536)] == ['chunkwise'] * 2
 
 
 def test_table_of_forms_covers_all_head_sizes() -> None:
-    dims, limits = zip(*QUADRATIC_MAX_TOKENS, strict=True)
+    dims, *columns = zip(*QUADRATIC_MAX_TOKENS, strict=True)
     assert dims[-1] == MAX_HEAD_DIM
     assert list(dims) == sorted(dims)
-    assert list(limits) == sorted(limits)  # a larger state pays off later
-    assert limits[0] >= 1024  # images of 512 px
+    for limits in columns:
+        assert list(limits) == sorted(limits)  # a larger state pays off later
+    assert all(training <= inference for _, training, inference in QUADRATIC_MAX_TOKENS)
+    assert columns[1][0] >= 1024  # images of 512 px

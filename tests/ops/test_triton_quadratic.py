@@ -134,8 +134,41 @@ def test_every_tile_setting(kernel: str, dim: int, device: torch.device) -> None
         options = {'query_tiles': tiles} if kernel == 'query' else {}
         if kernel in ('key', 'value'):
             options = {'key_tiles': tiles, 'joint': kernel == 'key'}
-        actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, True, EPS, **options)]
+        actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, True, EPS, **options, stored=False)]
         assert_all_close(actual, reference, TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize(('length', 'dim'), [(1, 16), (64, 40), (65, 96), (75, 384), (200, 13), (260, 32)])
+def test_both_ways_through_the_backward_pass(length: int, dim: int, device: torch.device) -> None:
+    """With matrices in memory and without; one to five blocks of tokens, several pieces of channels, none whole."""
+    inputs, dh = make_inputs((1, 2, length, dim), torch.float16, device, token_major=dim == 96)
+    reference = expected(inputs, dh, True)
+    h, saved = triton_quadratic.forward(*inputs, True, EPS)
+    for stored in (False, True):
+        actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, True, EPS, stored=stored)]
+        assert_all_close(actual, reference, TOLERANCE[torch.float16])
+
+
+def test_every_setting_of_stored_matrices(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    inputs, dh = make_inputs((1, 1, 75, 40), torch.float16, device)
+    reference = expected(inputs, dh, False)
+    h, saved = triton_quadratic.forward(*inputs, False, EPS)
+    for kernel, settings in triton_quadratic.STORED_TILES.items():
+        for tiles in settings:
+            monkeypatch.setitem(triton_quadratic.STORED_TILES, kernel, (tiles,))
+            actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, False, EPS, stored=True)]
+            assert_all_close(actual, reference, TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize('stored', [False, True])
+def test_rounding_of_the_gates_gradients_does_not_add_up(stored: bool, device: torch.device) -> None:
+    """Sums over all tokens, as a bias gets them: q.dq and k.dk, which cancel, must be rounded alike."""
+    inputs, dh = make_inputs((1, 2, 256, 32), torch.float16, device)
+    reference = expected(inputs, dh, False)[5]
+    h, saved = triton_quadratic.forward(*inputs, False, EPS)
+    *_, dfgate = triton_quadratic.backward(dh, *inputs, h, saved, False, EPS, stored=stored)
+    errors = (dfgate.double() - reference).sum(2) / reference.norm(dim=2)
+    assert errors.abs().max() < 5e-3  # 2e-2 if they are not
 
 
 def test_settings_that_cannot_work_are_absent() -> None:
