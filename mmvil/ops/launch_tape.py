@@ -51,7 +51,7 @@ class Repeated:
     strides and addresses modulo 16: it must not read values, nor take shapes from tensors that the settings and the
     numbers of elements leave open. It launches kernels by `FastKernel`, calls no function of torch that changes a
     tensor, and runs without autograd. Where launches or torch's functions are watched it is simply called, and so it is
-    where a call of it cannot be recorded.
+    where a call of it cannot be recorded. Results but the first may share memory, though no elements.
 
     Args:
         function: Takes a list of tensors and settings, which are hashable; gives a list of tensors and Nones.
@@ -268,6 +268,7 @@ class _Recorder(TorchFunctionMode):
                 view.memory.is_used_by(number)
         for view in _views(views):
             view.memory.returned = True
+            view.memory.is_used_by(len(self._steps))
         return _Editor(self._given, self._steps, views).tape
 
 
@@ -348,8 +349,10 @@ class _Editor:
             self._homes[memory] = buffer, 0
         arguments = [x for step in steps for x in _views(step.arguments)]
         allocated = [x for x in dict.fromkeys(view.memory for view in [*arguments, *_views(results)]) if x.allocated]
-        buffers = [self._own_buffer(memory) for memory in allocated if memory.returned]
-        buffers += self._shared_buffers([memory for memory in allocated if not memory.returned])
+        alone = results[0].memory if results[0] is not None else None
+        buffers = [self._own_buffer(memory) for memory in allocated if memory is alone]
+        for returned in (True, False):
+            buffers += self._shared_buffers([x for x in allocated if x is not alone and x.returned == returned])
         for step in steps:
             self._steps.append(self._call(step) if isinstance(step, _Call) else self._launch(step))
         places = [self._place(None) if view is None else self._tensor(view) for view in results]
@@ -365,7 +368,7 @@ class _Editor:
         return _Buffer(place, tensor.size(), tensor.stride(), tensor.dtype)
 
     def _own_buffer(self, memory: _Memory) -> _Buffer:
-        """For memory that outlives the call."""
+        """For memory that others must not share."""
         place, tensor = self._place(None), memory.tensor
         buffer = self._buffer_like(tensor, place)
         if not tensor.is_contiguous():
@@ -374,11 +377,13 @@ class _Editor:
         return buffer
 
     def _shared_buffers(self, memories: Sequence[_Memory]) -> list[_Buffer]:
-        """One buffer for all that is left behind, or one for each dtype of the tensors that torch is called with."""
-        dtypes = list(dict.fromkeys(x.tensor.dtype for x in memories if x.passed)) or [torch.uint8]
+        """A buffer for each dtype of the tensors that are returned or that torch is called with; others lie in one."""
+        if not memories:
+            return []
+        dtypes = list(dict.fromkeys(x.tensor.dtype for x in memories if x.passed or x.returned)) or [torch.uint8]
         buffers = []
         for dtype in dtypes:
-            inside = [x for x in memories if (x.tensor.dtype if x.passed else dtypes[0]) == dtype]
+            inside = [x for x in memories if (x.tensor.dtype if x.passed or x.returned else dtypes[0]) == dtype]
             starts, total = _pack(inside)
             buffers.append(_Buffer(self._place(None), [total // dtype.itemsize], [1], dtype))
             self._homes.update((memory, (buffers[-1], start)) for memory, start in starts.items())
