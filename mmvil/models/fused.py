@@ -3,8 +3,6 @@
 The plain modules in `block.py` are the readable definition; this path computes the same with the same parameters.
 """
 
-from collections.abc import Sequence
-
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -136,25 +134,22 @@ def run_fused(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     layer, outer = _parts(module)
     dtype, kind = compute_dtype(x), x.device.type
-    arguments = module, layer, outer, x, grid, dtype
-    if not torch.is_autocast_enabled(kind):
-        return _run_without_autocast(*arguments)
-    if torch.compiler.is_compiling():
-        with torch.autocast(kind, enabled=False):
-            return _run_without_autocast(*arguments)
-    torch.set_autocast_enabled(kind, False)  # what torch.autocast does, in a tenth of the time
-    try:
-        return _run_without_autocast(*arguments)
-    finally:
-        torch.set_autocast_enabled(kind, True)
+    with torch.autocast(kind, enabled=False) if torch.compiler.is_compiling() else _WithoutAutocast(kind):
+        scale = module._modules['drop_path'].factors(x) if outer else None
+        return fused_block(x, fused_weights(module), scale, grid, layer.num_heads, layer.reverse, dtype)
 
 
-def _run_without_autocast(
-    module: nn.Module, layer: nn.Module, outer: Sequence[nn.Module], x: Tensor, grid: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """Run a block or a layer whose `_parts` these are."""
-    scale = module._modules['drop_path'].factors(x) if outer else None
-    return fused_block(x, fused_weights(module), scale, grid, layer.num_heads, layer.reverse, dtype)
+class _WithoutAutocast:
+    """`torch.autocast(kind, enabled=False)` without its checks, which take the host longer than a kernel's launch."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.before = kind, torch.is_autocast_enabled(kind)
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_enabled(self.kind, self.before)
 
 
 def give_up_fused(x: Tensor, error: Exception) -> str:
@@ -189,9 +184,8 @@ def fused_weights(module: nn.Module) -> dict[str, Tensor]:
     parts = [(modules[name], weight, bias) for name, weight, bias in SHORT_NAMES]
     named = {'skip': _parameter(layer, 'skip')}
     for part, weight, bias in [(outer[0], 'norm_w', 'norm_b'), *parts] if outer else parts:
-        own = part._parameters
-        named[weight] = own['weight'] if 'weight' in own else part.weight
-        value = own['bias'] if 'bias' in own else part.bias
+        named[weight] = _parameter(part, 'weight')
+        value = _parameter(part, 'bias')
         if value is not None:
             named[bias] = value
     return named

@@ -33,7 +33,8 @@ ASSIGNMENTS = ('__set__', '__setitem__', '__iadd__', '__isub__', '__imul__', '__
 Step = Callable[[list, int], object]
 """One thing that a tape does: it reads and writes a list of tensors, addresses and numbers, on a stream.
 
-Gives something true if new memory is not aligned, for which the kernels would not be the right ones.
+Gives something true if a tensor turns out to be of another kind than when it was recorded, for which the kernels would
+not be the right ones.
 """
 
 
@@ -218,7 +219,7 @@ class _Recorder(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        name = function.__name__
+        name = getattr(function, '__name__', '')
         if name in ASSIGNMENTS or (name.endswith('_') and not name.endswith('__')) or 'out' in kwargs:
             self.refuse()
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
@@ -241,7 +242,8 @@ class _Recorder(TorchFunctionMode):
         """Take down how a tensor with memory of its own came to be."""
         memory = _Memory(tensor, allocated=function in ALLOCATIONS)
         self._views[id(tensor)] = _View(memory, tensor, 0)
-        if tensor.get_device() != self._given[0].tensor.get_device() or tensor.data_ptr() % SPECIALISED_ALIGNMENT:
+        elsewhere = tensor.get_device() != self._given[0].tensor.get_device() or tensor.storage_offset()
+        if elsewhere or tensor.data_ptr() % SPECIALISED_ALIGNMENT:
             self.refuse()
         if memory.allocated:
             return
@@ -302,7 +304,7 @@ class Tape:
         self._values, self._steps, self._results = values, steps, results
 
     def play(self, tensors: Sequence[Tensor], addresses: Sequence[int], stream: int) -> list[Tensor | None] | None:
-        """Results for other tensors of the same layouts, None if memory turns out not to be aligned."""
+        """Results for other tensors of the same layouts, None if the tape does not fit after all."""
         values = self._values.copy()
         values[: 2 * len(tensors)] = *tensors, *addresses
         for step in self._steps:
@@ -408,7 +410,9 @@ class _Editor:
         key = buffer.place, offset, size, stride
         if key not in self._tensors:
             self._tensors[key] = place = self._place(None)
-            self._steps.append(_viewing(buffer.place, size, stride, offset // view.tensor.itemsize, place))
+            offset //= view.tensor.itemsize
+            viewing = _viewing_inside if view.memory.given and offset else _viewing
+            self._steps.append(viewing(buffer.place, size, stride, offset, place))
         return self._tensors[key]
 
     def _launch(self, launch: _Launch) -> Step:
@@ -462,6 +466,18 @@ def _locating(buffer: _Buffer) -> Step:
 
 
 def _viewing(source: int, size: Sequence[int], stride: Sequence[int], offset: int, target: int) -> Step:
+    """A view of memory that starts with its storage, or one that starts where a given tensor does."""
+    layout = (size, stride, offset) if offset else (size, stride)
+
+    def step(values: list, stream: int) -> None:
+        values[target] = values[source].as_strided(*layout)
+
+    return step
+
+
+def _viewing_inside(source: int, size: Sequence[int], stride: Sequence[int], offset: int, target: int) -> Step:
+    """A view that starts inside of a given tensor, which may itself start anywhere in its storage."""
+
     def step(values: list, stream: int) -> None:
         base = values[source]
         values[target] = base.as_strided(size, stride, base.storage_offset() + offset)
@@ -470,14 +486,14 @@ def _viewing(source: int, size: Sequence[int], stride: Sequence[int], offset: in
 
 
 def _calling(function: Callable, places: Sequence[int], options: dict[str, object], buffer: _Buffer) -> Step:
-    target = buffer.place
+    target, dtype = buffer.place, buffer.dtype
 
-    def step(values: list, stream: int) -> int:
+    def step(values: list, stream: int) -> int | bool:
         values[target] = result = function(*[values[place] for place in places], **options)
         start = result.data_ptr()
         for offset, place in buffer.addresses.items():
             values[place] = start + offset
-        return start % SPECIALISED_ALIGNMENT
+        return start % SPECIALISED_ALIGNMENT or result.dtype is not dtype  # autocast may differ in a backward pass
 
     return step
 

@@ -255,6 +255,19 @@ def test_saved_tensors_may_come_back_with_other_strides(played: list[Tape]) -> N
     assert len(played) == 2 + 3 + 1
 
 
+def test_products_of_another_dtype_are_not_for_the_same_kernels(played: list[Tape]) -> None:
+    module = made()
+    for _ in range(3):
+        trained(module)
+    x = tokens().requires_grad_()
+    out = run_fused(module, x, (2, 3)).sum()
+    with torch.autocast(DEVICE, torch.float16):  # around the backward pass alone
+        (expected,) = as_is(lambda: torch.autograd.grad(out, x, retain_graph=True))
+        (found,) = torch.autograd.grad(out, x)
+    assert torch.equal(found, expected)
+    assert len(played) == 2 + 2
+
+
 class Watching(TorchFunctionMode):
     """Sees what is called."""
 
