@@ -136,7 +136,7 @@ class _Memory:
         self.first, self.last = step if self.first is None else self.first, step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _View:
     """A tensor of a recorded call: where it lies in which memory."""
 
@@ -145,7 +145,7 @@ class _View:
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Launch:
     """A kernel's launch. Tensors among the arguments are views."""
 
@@ -154,7 +154,7 @@ class _Launch:
     arguments: tuple[object, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
     """A call of a function of torch that computes a tensor. Tensors among the arguments are views."""
 
@@ -235,6 +235,8 @@ class _Recorder(TorchFunctionMode):
             if isinstance(base, Tensor) and id(base) in self._views and _storage(base) == _storage(tensor):
                 memory = self._views[id(base)].memory
                 self._views[id(tensor)] = _View(memory, tensor, _start(tensor) - _start(memory.tensor))
+                if tensor.dtype != memory.tensor.dtype:
+                    self.refuse()
                 return True
         return False
 
@@ -363,6 +365,7 @@ class _Editor:
         self.tape = Tape(self._values, [*first, *self._steps], places)
 
     def _place(self, value: object) -> int:
+        """Room for something in the tape's list, and what is there from the start."""
         self._values.append(value)
         return len(self._values) - 1
 
@@ -442,6 +445,7 @@ def _pack(memories: Sequence[_Memory]) -> tuple[dict[_Memory, int], int]:
 
 
 def _allocating(buffer: _Buffer) -> Step:
+    """A buffer without content."""
     size, dtype, place, addresses = buffer.size, buffer.dtype, buffer.place, tuple(buffer.addresses.items())
 
     def step(values: list, stream: int) -> int:
@@ -486,6 +490,7 @@ def _viewing_inside(source: int, size: Sequence[int], stride: Sequence[int], off
 
 
 def _calling(function: Callable, places: Sequence[int], options: dict[str, object], buffer: _Buffer) -> Step:
+    """What a function of torch computes."""
     target, dtype = buffer.place, buffer.dtype
 
     def step(values: list, stream: int) -> int | bool:
@@ -499,6 +504,8 @@ def _calling(function: Callable, places: Sequence[int], options: dict[str, objec
 
 
 def _launching(run: Callable[..., None], x: int, y: int, z: int, pick: Callable[[list], tuple]) -> Step:
+    """A kernel's launch on a grid (x, y, z), with what is picked from the tape's list."""
+
     def step(values: list, stream: int) -> None:
         run(x, y, z, stream, *pick(values))
 

@@ -374,6 +374,13 @@ def test_what_cannot_be_recorded_runs_as_it_is(change: Callable, played: list[Ta
     assert not played
 
 
+def test_views_of_another_dtype_are_not_recorded(played: list[Tape]) -> None:
+    repeated, x = Repeated(lambda tensors: [(tensors[0] + 1).view(torch.int32)]), torch.zeros(4, device=DEVICE)
+    for _ in range(4):
+        assert torch.equal(repeated([x])[0], (x + 1).view(torch.int32))
+    assert not played
+
+
 def test_errors_leave_no_recording_behind(played: list[Tape]) -> None:
     def function(tensors: list[Tensor], bad: list[bool]) -> list[Tensor]:
         if bad:
