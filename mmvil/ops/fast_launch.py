@@ -5,6 +5,7 @@ a short key, kernels found by it are launched by their own launchers, and everyt
 launch of each key, other Triton versions, the interpreter, launch hooks, and arguments of kinds not known here.
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ KNOWN_TRITON = ((3, 5), (3, 8))
 All of them pass `tests/ops/test_fast_launch.py`.
 """
 
+NOTHING = contextlib.nullcontext()
 INT32_LOW, INT32_HIGH = -(2**31), 2**31 - 1
 
 
@@ -101,10 +103,12 @@ class FastKernel:
         def launch(*arguments: object, **constants: object) -> object:
             active = driver.active
             device = active.get_current_device()
-            key, values = _key_and_values(arguments, self._specialised)
+            recorder = recording.recorder
+            # What is asked of tensors here is not for recorders, which would make it slow.
+            with torch._C.DisableTorchFunction() if recorder is not None else NOTHING:
+                key, values = _key_and_values(arguments, self._specialised)
             key = None if key is None else (device, *key, *constants, *constants.values())
             found = self._found.get(key)
-            recorder = recording.recorder
             if found is None or launches_are_watched():
                 if recorder is not None:
                     recorder.refuse()

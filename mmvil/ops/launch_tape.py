@@ -28,6 +28,7 @@ PART_ALIGNMENT = 512
 """Bytes: parts of a buffer start at multiples of this, as tensors of their own do with CUDA's allocator."""
 
 ALLOCATIONS = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
+NUMBERS_AND_KINDS = (int, float, torch.Size, torch.dtype, torch.device)
 ASSIGNMENTS = ('__set__', '__setitem__', '__iadd__', '__isub__', '__imul__', '__itruediv__')
 
 Step = Callable[[list, int], object]
@@ -219,6 +220,8 @@ class _Recorder(TorchFunctionMode):
     ) -> object:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
+        if isinstance(result, NUMBERS_AND_KINDS):
+            return result
         name = getattr(function, '__name__', '')
         if name in ASSIGNMENTS or (name.endswith('_') and not name.endswith('__')) or 'out' in kwargs:
             self.refuse()

@@ -187,6 +187,22 @@ def test_what_is_not_covered_says_so() -> None:
     assert why_not_fused(parametrised, x) == before
 
 
+@pytest.mark.parametrize('enabled', [False, True])
+def test_autocast_is_off_for_the_kernels_alone(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fail(*_: object) -> None:
+        seen.append(torch.is_autocast_enabled('cpu'))
+        raise ValueError('failed')
+
+    monkeypatch.setattr('mmvil.models.fused.fused_block', fail)
+    with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+        with pytest.raises(ValueError, match='failed'):
+            run_fused(ViLBlock(16), torch.zeros(1, 4, 16), (2, 2))
+        assert torch.is_autocast_enabled('cpu') == enabled
+    assert seen == [False]
+
+
 def test_what_cannot_be_built_is_given_up_and_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 

@@ -17,7 +17,7 @@ from triton.compiler import CompiledKernel
 
 from mmvil.ops import fast_launch
 
-COUNTS = {'compiled': 0, 'all': 0}
+COUNTS = {'compiled': 0, 'all': 0, 'from tapes': 0}
 NAMES: list[str] = []
 # By what runs: the first size and ten or more others, as (batch, rows, columns). One and multiples of 16 are what
 # Triton would compile anew for. Up to 256 tokens one kernel scans the gates; above 1,024 the chunkwise form runs.
@@ -67,6 +67,7 @@ class Compiled(CompiledKernel):
     def check(self, x: int, y: int, z: int, stream: int, function: int, *rest: object) -> None:
         """Hold the arguments against what the kernel was compiled for."""
         COUNTS['all'] += 1
+        COUNTS['from tapes'] += not GIVEN
         arguments = rest[4:]
         divisible = {place[0] for place, what in self.src.attrs.items() if ['tt.divisibility', 16] in what}
         names = list(self.src.signature)
