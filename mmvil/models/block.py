@@ -190,8 +190,8 @@ class ViLBlock(BaseModule):
         Returns:
             (B, S, D).
         """
-        if x.is_cuda and self.layer.fused:
-            _check_tokens(x, grid, self.layer.embed_dims)
+        if x.is_cuda and (layer := self.layer).fused:
+            _check_tokens(x, grid, layer.embed_dims)
             fast = _try_fused(self, x, grid)
             if fast is not None:
                 return fast

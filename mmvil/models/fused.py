@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..ops import custom_op
-from ..ops.block_op import WEIGHTS, fused_block
+from ..ops.block_op import fused_block
 from ..ops.mlstm import constant_when_compiled, why_not_triton
 from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure
 from . import block as plain
@@ -19,6 +19,9 @@ __all__ = ['fused_weights', 'give_up_fused', 'run_fused', 'why_not_fused']
 MAX_BLOCK = 16
 """Largest edge of the projections' blocks that the kernels are made for."""
 
+CONVOLUTIONS = ((3, 3), (4,))
+"""Sizes of the convolutions that the kernels are made for: over the grid, along the sequence."""
+
 FORWARDS = {
     kind.forward
     for kind in (
@@ -27,18 +30,18 @@ FORWARDS = {
 }  # fmt: skip
 """What the modules of a block compute, as far as the kernels do the same. Parametrised modules keep their forward."""
 
-# Module of a layer -> short names of its weight and bias.
-SHORT_NAMES = {
-    'proj_up': ('up_w', 'up_b'),
-    'conv': ('conv_w', 'conv_b'),
-    'q_proj': ('wq', 'bq'),
-    'k_proj': ('wk', 'bk'),
-    'v_proj': ('wv', 'bv'),
-    'igate': ('wi', 'bi'),
-    'fgate': ('wf', 'bf'),
-    'head_norm': ('head_w', 'head_b'),
-    'proj_down': ('down_w', 'down_b'),
-}
+# Modules of a layer, and short names of their weights and biases.
+SHORT_NAMES = (
+    ('proj_up', 'up_w', 'up_b'),
+    ('conv', 'conv_w', 'conv_b'),
+    ('q_proj', 'wq', 'bq'),
+    ('k_proj', 'wk', 'bk'),
+    ('v_proj', 'wv', 'bv'),
+    ('igate', 'wi', 'bi'),
+    ('fgate', 'wf', 'bf'),
+    ('head_norm', 'head_w', 'head_b'),
+    ('proj_down', 'down_w', 'down_b'),
+)
 
 _said: set[str] = set()
 _device_reasons: dict[tuple[str, int | None, torch.dtype], str | None] = {}
@@ -55,6 +58,7 @@ def why_not_fused(module: nn.Module, x: Tensor) -> str | None:
         The reason, or None if the fast path can be taken.
     """
     layer, outer = _parts(module)
+    modules = layer._modules
     if not layer.fused:
         return 'it is switched off'
     if layer.mlstm_backend not in ('auto', 'triton'):
@@ -62,10 +66,10 @@ def why_not_fused(module: nn.Module, x: Tensor) -> str | None:
     dtype = compute_dtype(x)
     if dtype == torch.float64:
         return 'float64 runs in plain torch'
-    conv = layer.conv
-    if conv is None or (conv.weight.dim(), conv.weight.shape[-1]) not in ((4, 3), (3, 4)):
+    conv = modules.get('conv')
+    if conv is None or _parameter(conv, 'weight').shape[2:] not in CONVOLUTIONS:
         return 'the kernels are made for 3 x 3 or causal size-4 convolutions'
-    edge, heads = layer.q_proj.weight.shape[-1], layer.num_heads
+    edge, heads = _parameter(modules['q_proj'], 'weight').shape[-1], layer.num_heads
     if edge > MAX_BLOCK or edge & (edge - 1):
         return f'the kernels need a qkv_block_size that is a power of two up to {MAX_BLOCK}, got {edge}'
     if heads > 16 or layer.inner_dims // heads > MAX_HEAD_DIM:
@@ -74,20 +78,22 @@ def why_not_fused(module: nn.Module, x: Tensor) -> str | None:
         return 'the batch is empty'
     if custom_op.counted_form is not None or torch.jit.is_tracing():
         return 'the plain modules are what is counted and traced'
-    for part in (*outer, *layer._modules.values()):
+    for part in (*outer, *modules.values()):
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return 'a module inside of the block has a hook'
         if type(part).forward not in FORWARDS and type(part).forward is not plain.ViLLayer.forward:
             return f'a {type(part).__name__} has taken the place of one of its modules'
         if 'forward' in part.__dict__:
             return f'the forward of a {type(part).__name__} inside of the block has been replaced'
-    return _why_not_here(x.device.type, x.device.index, dtype)
+    device = x.device
+    return _why_not_here(device.type, device.index, dtype)
 
 
 def _parts(module: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The layer of a block or the layer itself, and the block's modules that are skipped when it runs fused."""
     if isinstance(module, plain.ViLBlock):
-        return module.layer, (module.norm, module.drop_path, module.layer)
+        modules = module._modules  # nn.Module looks there last
+        return modules['layer'], (modules['norm'], modules['drop_path'], modules['layer'])
     return module, ()
 
 
@@ -127,10 +133,23 @@ def run_fused(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         (B, S, D), of a block in x's dtype, of a layer in the one that it computes in.
     """
     layer, outer = _parts(module)
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        scale = module.drop_path.factors(x) if outer else None
+    dtype, kind = compute_dtype(x), x.device.type
+    with torch.autocast(kind, enabled=False) if torch.compiler.is_compiling() else _WithoutAutocast(kind):
+        scale = module._modules['drop_path'].factors(x) if outer else None
         return fused_block(x, fused_weights(module), scale, grid, layer.num_heads, layer.reverse, dtype)
+
+
+class _WithoutAutocast:
+    """`torch.autocast(kind, enabled=False)` without its checks, which take the host longer than a kernel's launch."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.before = kind, torch.is_autocast_enabled(kind)
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_autocast_enabled(self.kind, self.before)
 
 
 def give_up_fused(x: Tensor, error: Exception) -> str:
@@ -161,14 +180,15 @@ def fused_weights(module: nn.Module) -> dict[str, Tensor]:
     moved or changed in place at any time, through `.data` even without a trace.
     """
     layer, outer = _parts(module)
-    named: dict[str, Tensor | None] = {}
-    if outer:
-        named = {'norm_w': _parameter(module.norm, 'weight'), 'norm_b': _parameter(module.norm, 'bias')}
     modules = layer._modules
-    for name, (weight, bias) in SHORT_NAMES.items():
-        named[weight], named[bias] = _parameter(modules[name], 'weight'), _parameter(modules[name], 'bias')
-    named['skip'] = _parameter(layer, 'skip')
-    return {name: named[name] for name in WEIGHTS if named.get(name) is not None}
+    parts = [(modules[name], weight, bias) for name, weight, bias in SHORT_NAMES]
+    named = {'skip': _parameter(layer, 'skip')}
+    for part, weight, bias in [(outer[0], 'norm_w', 'norm_b'), *parts] if outer else parts:
+        named[weight] = _parameter(part, 'weight')
+        value = _parameter(part, 'bias')
+        if value is not None:
+            named[bias] = value
+    return named
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -7,7 +7,7 @@ is imported at the first call.
 
 import functools
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .eager import operators_may_be_skipped
-from .triton_launch import choose_form, empty_rows_like, is_compile_failure
+from .triton_launch import choose_form, dot_precision, empty_rows_like, is_compile_failure
 
 __all__ = ['WEIGHTS', 'fused_block']
 
@@ -43,6 +43,11 @@ def _backward_launchers() -> ModuleType:
 
 
 @functools.cache
+def _repeated(function: Callable[..., list[Tensor | None]]) -> Callable[..., list[Tensor | None]]:
+    return importlib.import_module('.launch_tape', __package__).Repeated(function)
+
+
+@functools.cache
 def _form(form: str) -> ModuleType:
     return importlib.import_module(f'.triton_{form}', __package__)
 
@@ -52,9 +57,9 @@ def _cell(shape: object) -> ModuleType:
     return _form(choose_form(shape.tokens, shape.inner // shape.heads))
 
 
-def _by_name(weights: Sequence[Tensor], names: str) -> dict[str, Tensor | None]:
-    """All of `WEIGHTS`, None for those that the block does not have."""
-    return {**ABSENT, **dict(zip(names.split(), weights, strict=True))}
+def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    """All of `WEIGHTS`, with which the tensors start; None for those that the block does not have."""
+    return {**ABSENT, **dict(zip(names, tensors, strict=False))}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -98,7 +103,7 @@ def vil_block_fwd(
         The new residual stream (the inner part's output in dtype), and after it what the backward pass needs: u, gates,
         h, the convolution's output, k, v and the cell's statistics.
     """
-    return _forward(x, _by_name(weights, names), scale, rows, columns, heads, reverse, dtype)
+    return _forward(x, tuple(names.split()), weights, scale, (rows, columns, heads, reverse), dtype)
 
 
 @vil_block_fwd.register_fake
@@ -140,7 +145,7 @@ def vil_block_inference(
     dtype: torch.dtype,
 ) -> Tensor:
     """First result of `vil_block_fwd`, with its arguments, where no backward pass will follow: it has no gradients."""
-    return _forward(x, _by_name(weights, names), scale, rows, columns, heads, reverse, dtype, keep=False)[0]
+    return _forward(x, tuple(names.split()), weights, scale, (rows, columns, heads, reverse), dtype, keep=False)[0]
 
 
 @vil_block_inference.register_fake
@@ -178,12 +183,9 @@ def vil_block_bwd(
     Returns:
         Gradient of x, then of each weight, in their dtypes.
     """
-    named = _by_name(weights, names)
-    dx, gradients = _backward(dout, x, named, scale, saved, rows, columns, heads, reverse)
-    return [
-        dx,  # the others may be parts of one buffer, which results of an operator must not be
-        *(gradients[name].reshape(named[name].shape).to(named[name].dtype, copy=True) for name in names.split()),
-    ]
+    # Gradients of weights may else be parts of one buffer, which results of an operator must not be.
+    sizes, wanted = (rows, columns, heads, reverse), (True,) * len(weights)
+    return _backward(dout, x, tuple(names.split()), weights, scale, saved, sizes, wanted, own=True)
 
 
 @vil_block_bwd.register_fake
@@ -220,37 +222,63 @@ vil_block_fwd.register_autograd(_operator_backward, setup_context=_setup_context
 
 
 def _forward(
-    x: Tensor, named: dict[str, Tensor | None], scale: Tensor | None, rows: int, columns: int, heads: int,
-    reverse: bool, dtype: torch.dtype, keep: bool = True,
+    x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], scale: Tensor | None, sizes: tuple,
+    dtype: torch.dtype, keep: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """Results of `vil_block_fwd`; without `keep` only the first means something."""
-    with torch.cuda.device_of(x):
-        shape = _shape(x, named, rows, columns, heads, reverse)
-        out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale, keep)
-        return [out, *saved, *statistics]
+    """Results of `vil_block_fwd`, without `keep` only the first."""
+    tensors = [x, *weights] if scale is None else [x, *weights, scale]
+    return _repeated(_run_forward)(tensors, x.shape, names, *sizes, dtype, keep, dot_precision(dtype))
+
+
+def _run_forward(
+    tensors: Sequence[Tensor], _: torch.Size, names: tuple[str, ...], rows: int, columns: int, heads: int,
+    reverse: bool, dtype: torch.dtype, keep: bool, precision: str,
+) -> list[Tensor]:  # fmt: skip
+    """What `_forward` repeats; the launchers look for the precision themselves."""
+    x, *rest = tensors
+    named, scale = _named(names, rest), rest[-1] if len(rest) > len(names) else None
+    shape = _shape(x, named, rows, columns, heads, reverse)
+    out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale, keep)
+    return [out, *saved, *statistics] if keep else [out]
 
 
 def _backward(
-    dout: Tensor, x: Tensor, named: dict[str, Tensor | None], scale: Tensor | None, saved: Iterable[Tensor], rows: int,
-    columns: int, heads: int, reverse: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Gradients of x and, by short name, of the parameters; these may be views, of any floating dtype."""
-    with torch.cuda.device_of(x):
-        shape = _shape(x, named, rows, columns, heads, reverse)
-        u, gates, h, pre, k, v, *statistics = saved
-        try:
-            dx, gradients = _backward_launchers().block_backward(
-                shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
-            )
-        except Exception as error:
-            if is_compile_failure(error):  # the plain modules would need activations that are gone by now
-                raise RuntimeError(
-                    'the fused backward pass cannot be built here; build the model with fused=False'
-                ) from error
-            raise
+    dout: Tensor, x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], scale: Tensor | None,
+    saved: Sequence[Tensor], sizes: tuple, wanted: tuple[bool, ...], own: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x and of the weights that are wanted, None for others, like these; views or, if `own`, none."""
+    tensors = [dout.contiguous(), x, *weights, *([] if scale is None else [scale]), *saved]
+    precision = dot_precision(saved[0].dtype)
+    return _repeated(_run_backward)(tensors, x.shape, names, *sizes, scale is not None, wanted, own, precision)
+
+
+def _run_backward(
+    tensors: Sequence[Tensor], _: torch.Size, names: tuple[str, ...], rows: int, columns: int, heads: int,
+    reverse: bool, scaled: bool, wanted: tuple[bool, ...], own: bool, precision: str,
+) -> list[Tensor | None]:  # fmt: skip
+    """What `_backward` repeats; the launchers look for the precision themselves."""
+    dout, x, *rest = tensors
+    named, rest = _named(names, rest), rest[len(names) :]
+    scale = rest.pop(0) if scaled else None
+    u, gates, h, pre, k, v, *statistics = rest
+    shape = _shape(x, named, rows, columns, heads, reverse)
+    try:
+        dx, gradients = _backward_launchers().block_backward(
+            shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
+        )
+    except Exception as error:
+        if is_compile_failure(error):  # the plain modules would need activations that are gone by now
+            raise RuntimeError(
+                'the fused backward pass cannot be built here; build the model with fused=False'
+            ) from error
+        raise
     for name, parts in GATES.items():
         gradients.update(zip(parts, gradients.pop(name).chunk(2), strict=True))
-    return dx, gradients
+    found = [
+        _like(gradients[name], named[name], own) if is_wanted else None
+        for name, is_wanted in zip(names, wanted, strict=True)
+    ]
+    return [dx, *found]
 
 
 class _EagerBlock(torch.autograd.Function):
@@ -266,7 +294,7 @@ class _EagerBlock(torch.autograd.Function):
         dtype: torch.dtype,
         *weights: Tensor,
     ) -> Tensor:
-        out, *saved = _forward(x, {**ABSENT, **dict(zip(names, weights, strict=True))}, scale, *sizes, dtype)
+        out, *saved = _forward(x, names, weights, scale, sizes, dtype)
         ctx.names, ctx.sizes = names, sizes
         ctx.save_for_backward(x, scale, *weights, *saved)
         return out
@@ -275,19 +303,15 @@ class _EagerBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, *rest = ctx.saved_tensors
-        named = {**ABSENT, **dict(zip(ctx.names, rest, strict=False))}
-        dx, gradients = _backward(dout, x, named, scale, rest[len(ctx.names) :], *ctx.sizes)
-        found = [
-            _like(gradients[name], named[name]) if wanted else None
-            for name, wanted in zip(ctx.names, ctx.needs_input_grad[5:], strict=True)
-        ]
+        weights, saved = rest[: len(ctx.names)], rest[len(ctx.names) :]
+        wanted = ctx.needs_input_grad[5:]
+        dx, *found = _backward(dout, x, ctx.names, weights, scale, saved, ctx.sizes, wanted, own=False)
         return (dx, None, None, None, None, *found)
 
 
-def _like(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient in its weight's shape and dtype; comparing is cheaper than calls that do nothing."""
-    shaped = gradient if gradient.shape == weight.shape else gradient.reshape(weight.shape)
-    return shaped if shaped.dtype == weight.dtype else shaped.to(weight.dtype)
+def _like(gradient: Tensor, weight: Tensor, own: bool) -> Tensor:
+    """The gradient in its weight's shape and dtype, if `own` as a copy."""
+    return gradient.reshape(weight.shape).to(weight.dtype, copy=own)
 
 
 def fused_block(
@@ -325,4 +349,4 @@ def fused_block(
         return torch.ops.mmvil.vil_block_inference(*arguments)
     if with_gradients:
         return _EagerBlock.apply(x, tuple(weights), scale, sizes, dtype, *tensors)
-    return _forward(x, {**ABSENT, **weights}, scale, *sizes, dtype, keep=False)[0]
+    return _forward(x, tuple(weights), tensors, scale, sizes, dtype, keep=False)[0]

@@ -5,8 +5,12 @@ a short key, kernels found by it are launched by their own launchers, and everyt
 launch of each key, other Triton versions, the interpreter, launch hooks, and arguments of kinds not known here.
 """
 
+import contextlib
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Protocol
 
 import torch
 import triton
@@ -15,7 +19,17 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ['FastKernel', 'FastKernels', 'fast_kernel']
+from .triton_launch import interpreting
+
+__all__ = [
+    'FastKernel',
+    'FastKernels',
+    'LaunchRecorder',
+    'fast_kernel',
+    'launches_are_direct',
+    'launches_are_watched',
+    'recording',
+]
 
 KNOWN_TRITON = ((3, 5), (3, 8))
 """First and last Triton version whose compiled kernels are known to take all arguments in order, constants too.
@@ -23,6 +37,7 @@ KNOWN_TRITON = ((3, 5), (3, 8))
 All of them pass `tests/ops/test_fast_launch.py`.
 """
 
+NOTHING = contextlib.nullcontext()
 INT32_LOW, INT32_HIGH = -(2**31), 2**31 - 1
 
 
@@ -30,6 +45,38 @@ def _triton_is_known() -> bool:
     """Whether compiled kernels may be launched here; other versions and ROCm always go through Triton."""
     version = tuple(int(part) for part in triton.__version__.split('.')[:2])
     return KNOWN_TRITON[0] <= version <= KNOWN_TRITON[1] and torch.version.hip is None
+
+
+@functools.cache
+def launches_are_direct() -> bool:
+    """Whether the kernels of this process are `FastKernel`s."""
+    return _triton_is_known() and not interpreting()
+
+
+class LaunchRecorder(Protocol):
+    """What is told of the launches of its thread; see `recording`."""
+
+    def note_launch(
+        self,
+        run: Callable[..., None],
+        grid: tuple[int, int, int],
+        handles: tuple[object, object],
+        arguments: Sequence[object],
+        constants: Sequence[object],
+    ) -> None:
+        """Take note of `run(*grid, stream, *handles, None, None, None, *arguments, *constants)`, with tensors."""
+
+    def refuse(self) -> None:
+        """Take note of a launch that Triton made."""
+
+
+class _Recording(threading.local):
+    """Who is told of this thread's launches."""
+
+    recorder: LaunchRecorder | None = None
+
+
+recording = _Recording()
 
 
 class FastKernel:
@@ -56,14 +103,21 @@ class FastKernel:
         def launch(*arguments: object, **constants: object) -> object:
             active = driver.active
             device = active.get_current_device()
-            key, values = _key_and_values(arguments, self._specialised)
+            recorder = recording.recorder
+            # What is asked of tensors here is not for recorders, which would make it slow.
+            with torch._C.DisableTorchFunction() if recorder is not None else NOTHING:
+                key, values = _key_and_values(arguments, self._specialised)
             key = None if key is None else (device, *key, *constants, *constants.values())
             found = self._found.get(key)
-            if found is None or _launches_are_watched():
+            if found is None or launches_are_watched():
+                if recorder is not None:
+                    recorder.refuse()
                 return self._launch_by_triton(key, grid, arguments, constants)
             compiled, run, function, metadata, rest = found
             x, y, z = (*grid, 1, 1)[:3]
             run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *values, *rest)
+            if recorder is not None:
+                recorder.note_launch(run, (x, y, z), (function, metadata), arguments, rest)
             return compiled
 
         return launch
@@ -84,7 +138,7 @@ class FastKernel:
         return compiled
 
 
-def _launches_are_watched() -> bool:
+def launches_are_watched() -> bool:
     """Whether a profiler wants Triton to be called at each launch. A hook is a function, a chain of them or None."""
     hooks = triton.knobs.runtime
     enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook

@@ -127,9 +127,10 @@ def test_float16(options: dict) -> None:
 @on_kernels
 @pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
 def test_backward_programs_that_take_many_tiles(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
-    from mmvil.ops import block_backward
+    from mmvil.ops import block_backward, block_op
 
     torch.manual_seed(0)
+    monkeypatch.setattr(block_op, '_repeated', lambda function: lambda tensors, *settings: function(tensors, *settings))
     for table in ('ROW_TILES', 'FLAT_TILES', 'FLOAT_TILES'):
         fewest = {name: (*tile[:-1], 0) for name, tile in getattr(block_backward, table).items()}
         monkeypatch.setattr(block_backward, table, fewest)
@@ -184,6 +185,22 @@ def test_what_is_not_covered_says_so() -> None:
     before = why_not_fused(parametrised, x)
     torch.nn.utils.parametrizations.weight_norm(parametrised.layer.proj_down)
     assert why_not_fused(parametrised, x) == before
+
+
+@pytest.mark.parametrize('enabled', [False, True])
+def test_autocast_is_off_for_the_kernels_alone(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fail(*_: object) -> None:
+        seen.append(torch.is_autocast_enabled('cpu'))
+        raise ValueError('failed')
+
+    monkeypatch.setattr('mmvil.models.fused.fused_block', fail)
+    with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+        with pytest.raises(ValueError, match='failed'):
+            run_fused(ViLBlock(16), torch.zeros(1, 4, 16), (2, 2))
+        assert torch.is_autocast_enabled('cpu') == enabled
+    assert seen == [False]
 
 
 def test_what_cannot_be_built_is_given_up_and_other_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

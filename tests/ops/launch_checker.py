@@ -17,7 +17,7 @@ from triton.compiler import CompiledKernel
 
 from mmvil.ops import fast_launch
 
-COUNTS = {'compiled': 0, 'all': 0}
+COUNTS = {'compiled': 0, 'all': 0, 'from tapes': 0}
 NAMES: list[str] = []
 # By what runs: the first size and ten or more others, as (batch, rows, columns). One and multiples of 16 are what
 # Triton would compile anew for. Up to 256 tokens one kernel scans the gates; above 1,024 the chunkwise form runs.
@@ -42,7 +42,7 @@ SIZES['quadratic'] = SIZES['block'] + SIZES['long block'][1:]
 SIZES['chunkwise'] = SIZES['block'] + SIZES['chunkwise block'][1:]
 PROBLEMS: list[str] = []
 GIVEN: list[object] = []
-"""What the launcher gave for the launch in hand: tensors, where a direct launch has addresses."""
+"""What the launcher gave for the launch in hand: tensors, where a direct launch has addresses. None from a tape."""
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float64: '*fp64'}
 BOUNDS = {'i32': (-(2**31), 2**31), 'i64': (-(2**63), 2**63), 'u64': (0, 2**64)}
 
@@ -67,12 +67,14 @@ class Compiled(CompiledKernel):
     def check(self, x: int, y: int, z: int, stream: int, function: int, *rest: object) -> None:
         """Hold the arguments against what the kernel was compiled for."""
         COUNTS['all'] += 1
+        COUNTS['from tapes'] += not GIVEN
         arguments = rest[4:]
         divisible = {place[0] for place, what in self.src.attrs.items() if ['tt.divisibility', 16] in what}
         names = list(self.src.signature)
         if len(arguments) != len(names):
             PROBLEMS.append(f'{self.name}: {len(arguments)} arguments for {len(names)} parameters')
         given = [*GIVEN, *arguments[len(GIVEN) :]]
+        GIVEN.clear()
         for place, (name, kind, value) in enumerate(zip(names, self.src.signature.values(), arguments, strict=True)):
             number = value.data_ptr() if isinstance(value, torch.Tensor) else value
             if isinstance(given[place], torch.Tensor):
@@ -175,6 +177,7 @@ def main() -> None:
     fast_launch._key_and_values = noting
     run_blocks([(1, 1, 1), (2, 4, 4), (3, 3, 5), (2, 8, 8), (1, 1, 16), (4, 5, 7), (16, 2, 2), (2, 9, 16), (2, 4, 4)])
     before = dict(COUNTS)
+    run_blocks([(2, 4, 4), (2, 4, 4), (2, 9, 16), (2, 9, 16), (2, 9, 16)])  # from tapes, most of it
     run_blocks([(2, 3, 16), (5, 7, 11), (4, 16, 16), (3, 20, 3)])
     then = dict(COUNTS)
     sizes = compiled_by_sizes()

@@ -1,0 +1,515 @@
+"""Repeat a launcher's call by its allocations, kernel launches and torch calls alone, without its Python.
+
+What a launcher works out (shapes, strides, views, grids, arguments) is the same at each call with the same sizes and
+takes the host several times as long as launching does. A tape is such a call boiled down to what has to be done anew.
+It holds no tensors and is found by everything that the launcher's decisions may rest on, asked at each call.
+"""
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter, itemgetter, or_
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from triton.runtime import driver
+
+from .fast_launch import launches_are_direct, launches_are_watched, recording
+
+__all__ = ['Repeated']
+
+MAX_TAPES = 256
+SPECIALISED_ALIGNMENT = 16
+"""Bytes: Triton asks of addresses whether they are multiples of this."""
+
+PART_ALIGNMENT = 512
+"""Bytes: parts of a buffer start at multiples of this, as tensors of their own do with CUDA's allocator."""
+
+ALLOCATIONS = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
+NUMBERS_AND_KINDS = (int, float, torch.Size, torch.dtype, torch.device)
+ASSIGNMENTS = ('__set__', '__setitem__', '__iadd__', '__isub__', '__imul__', '__itruediv__')
+
+Step = Callable[[list, int], object]
+"""One thing that a tape does: it reads and writes a list of tensors, addresses and numbers, on a stream.
+
+Gives something true if a tensor turns out to be of another kind than when it was recorded, for which the kernels would
+not be the right ones.
+"""
+
+
+class _State(enum.Enum):
+    """What there is in place of a tape."""
+
+    SEEN = enum.auto()
+    REFUSED = enum.auto()
+
+
+class Repeated:
+    """A function of tensors that runs as Python twice and then, for the same settings and layouts, from a tape.
+
+    What the function does may depend on nothing but its settings and the tensors' device, dtypes, numbers of elements,
+    strides and addresses modulo 16: it must not read values, nor take shapes from tensors that the settings and the
+    numbers of elements leave open. It launches kernels by `FastKernel`, calls no function of torch that changes a
+    tensor, and runs without autograd. Where launches or torch's functions are watched it is simply called, and so it is
+    where a call of it cannot be recorded. Results but the first may share memory, though no elements.
+
+    Args:
+        function: Takes a list of tensors and settings, which are hashable; gives a list of tensors and Nones.
+    """
+
+    def __init__(self, function: Callable[..., list[Tensor | None]]) -> None:
+        self._function = function
+        self._tapes: dict[tuple, Tape | _State] = {}
+
+    def __call__(self, tensors: Sequence[Tensor], *settings: object) -> list[Tensor | None]:
+        """Results of the function, run with the tensors' device as the current one."""
+        if not launches_are_direct() or launches_are_watched() or torch._C._len_torch_function_stack():
+            return self._run(tensors, settings)
+        devices, current = set(map(Tensor.get_device, tensors)), driver.active.get_current_device()
+        if devices == {current} or devices == {-1}:
+            return self._repeat(tensors, settings, current)
+        if len(devices) > 1:
+            return self._run(tensors, settings)
+        with torch.cuda.device_of(tensors[0]):
+            return self._repeat(tensors, settings, *devices)
+
+    def forget(self) -> None:
+        """Start anew, as is needed if anything else changes that the function depends on."""
+        self._tapes.clear()
+
+    def _run(self, tensors: Sequence[Tensor], settings: tuple) -> list[Tensor | None]:
+        with torch.cuda.device_of(tensors[0]):
+            return self._function(tensors, *settings)
+
+    def _repeat(self, tensors: Sequence[Tensor], settings: tuple, device: int) -> list[Tensor | None]:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        key = device, settings, *_layouts(tensors), _misalignment(addresses)
+        tape = self._tapes.get(key)
+        if type(tape) is Tape:
+            results = tape.play(tensors, addresses, driver.active.get_current_stream(device))
+            return self._run(tensors, settings) if results is None else results
+        if tape is _State.REFUSED:
+            return self._run(tensors, settings)
+        if len(self._tapes) >= MAX_TAPES:
+            self._tapes.clear()
+        if tape is None:  # the first call may compile kernels, and may be the only one with its sizes
+            results, self._tapes[key] = self._run(tensors, settings), _State.SEEN
+        else:
+            results, self._tapes[key] = _record(self._function, tensors, settings)
+        return results
+
+
+def _layouts(tensors: Sequence[Tensor]) -> tuple:
+    """What a launcher asks tensors for; strides only if one is not contiguous, since they take long to get."""
+    strides = None if all(map(Tensor.is_contiguous, tensors)) else tuple(map(Tensor.stride, tensors))
+    return tuple(map(attrgetter('dtype'), tensors)), tuple(map(Tensor.numel, tensors)), strides
+
+
+def _misalignment(addresses: Sequence[int]) -> tuple[int, ...] | None:
+    """The addresses modulo 16, None if all of that is 0."""
+    if reduce(or_, addresses) % SPECIALISED_ALIGNMENT:
+        return tuple(address % SPECIALISED_ALIGNMENT for address in addresses)
+    return None
+
+
+class _Memory:
+    """What the tensors of a recorded call that share memory have in common.
+
+    Attributes:
+        tensor: The one that came first.
+        given: Whether it was an argument of the recorded function.
+        allocated: Whether nothing has to be computed for it.
+        returned: Whether a result of the function lies in it.
+        passed: Whether a function of torch takes it as a tensor.
+        first: Number of the first step that uses it, None if none does.
+        last: Number of the last one.
+    """
+
+    def __init__(self, tensor: Tensor, given: bool = False, allocated: bool = False) -> None:
+        self.tensor, self.given, self.allocated = tensor, given, allocated
+        self.returned = self.passed = False
+        self.first: int | None = None
+        self.last: int | None = None
+
+    def is_used_by(self, step: int) -> None:
+        self.first, self.last = step if self.first is None else self.first, step
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A tensor of a recorded call: where it lies in which memory."""
+
+    memory: _Memory
+    tensor: Tensor
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Launch:
+    """A kernel's launch. Tensors among the arguments are views."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a function of torch that computes a tensor. Tensors among the arguments are views."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[object, ...]
+    options: dict[str, object]
+    result: _Memory
+
+
+def _record(
+    function: Callable[..., list[Tensor | None]], tensors: Sequence[Tensor], settings: tuple
+) -> 'tuple[list[Tensor | None], Tape | _State]':
+    """Results of a function, and the tape of this call if there can be one."""
+    aliases = [x.detach() for x in tensors]  # a tensor may be given twice, here, but not the next time
+    recorder = _Recorder(aliases)
+    with recorder:
+        results = function(aliases, *settings)
+    return results, recorder.tape(results)
+
+
+class _Recorder(TorchFunctionMode):
+    """Takes down what is launched and computed while it is active.
+
+    Args:
+        given: Arguments of the function that is recorded.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._refused = False
+        self._steps: list[_Launch | _Call] = []
+        self._given = [_Memory(x, given=True) for x in given]
+        # By the tensor's id, which is its own as long as the view holds the tensor.
+        self._views = {id(x.tensor): _View(x, x.tensor, 0) for x in self._given}
+
+    def __enter__(self) -> '_Recorder':
+        recording.recorder = self
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        recording.recorder = None
+        super().__exit__(*error)
+
+    def refuse(self) -> None:
+        """Give this call up: it does something that tapes cannot."""
+        self._refused = True
+
+    def note_launch(
+        self,
+        run: Callable[..., None],
+        grid: tuple[int, int, int],
+        handles: tuple[object, object],
+        arguments: Sequence[object],
+        constants: Sequence[object],
+    ) -> None:
+        """See `LaunchRecorder`."""
+        views = self._as_views(arguments)
+        self._steps.append(_Launch(run, grid, (*handles, None, None, None, *views, *constants)))
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if isinstance(result, NUMBERS_AND_KINDS):
+            return result
+        name = getattr(function, '__name__', '')
+        if name in ASSIGNMENTS or (name.endswith('_') and not name.endswith('__')) or 'out' in kwargs:
+            self.refuse()
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and id(tensor) not in self._views and not self._is_view(tensor, args):
+                self._note_new(tensor, function, args, kwargs)
+                if tensor is not result:
+                    self.refuse()
+        return result
+
+    def _is_view(self, tensor: Tensor, args: Sequence[object]) -> bool:
+        """Whether a tensor lies in the memory of an argument; if so it is known from now on."""
+        for base in args:
+            if isinstance(base, Tensor) and id(base) in self._views and _storage(base) == _storage(tensor):
+                memory = self._views[id(base)].memory
+                self._views[id(tensor)] = _View(memory, tensor, _start(tensor) - _start(memory.tensor))
+                if tensor.dtype != memory.tensor.dtype:
+                    self.refuse()
+                return True
+        return False
+
+    def _note_new(self, tensor: Tensor, function: Callable, args: tuple, kwargs: dict[str, object]) -> None:
+        """Take down how a tensor with memory of its own came to be."""
+        memory = _Memory(tensor, allocated=function in ALLOCATIONS)
+        self._views[id(tensor)] = _View(memory, tensor, 0)
+        elsewhere = tensor.get_device() != self._given[0].tensor.get_device() or tensor.storage_offset()
+        if elsewhere or tensor.data_ptr() % SPECIALISED_ALIGNMENT:
+            self.refuse()
+        if memory.allocated:
+            return
+        arguments = self._as_views(args)
+        if any(isinstance(x, Tensor) or _holds_tensors(x) for x in kwargs.values()):
+            self.refuse()
+        self._steps.append(_Call(function, arguments, kwargs, memory))
+        for view in _views(arguments):
+            view.memory.passed = True
+
+    def _as_views(self, arguments: Sequence[object]) -> tuple[object, ...]:
+        """Arguments with views in place of tensors, all of which must be known."""
+        if any(_holds_tensors(x) or (isinstance(x, Tensor) and id(x) not in self._views) for x in arguments):
+            self.refuse()
+        return tuple(self._views.get(id(x)) if isinstance(x, Tensor) else x for x in arguments)
+
+    def tape(self, results: Sequence[Tensor | None]) -> 'Tape | _State':
+        """What was taken down, as far as these results need it."""
+        views = [None if x is None else self._views.get(id(x)) for x in results]
+        if self._refused or any(view is None and x is not None for view, x in zip(views, results, strict=True)):
+            return _State.REFUSED
+        for number, step in enumerate(self._steps):
+            for view in _views(step.arguments):
+                view.memory.is_used_by(number)
+        for view in _views(views):
+            view.memory.returned = True
+            view.memory.is_used_by(len(self._steps))
+        return _Editor(self._given, self._steps, views).tape
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _start(tensor: Tensor) -> int:
+    """Bytes from the start of a tensor's storage to its first element."""
+    return tensor.storage_offset() * tensor.itemsize
+
+
+def _holds_tensors(argument: object) -> bool:
+    return isinstance(argument, (tuple, list)) and any(isinstance(x, Tensor) for x in argument)
+
+
+def _views(arguments: Sequence[object]) -> Iterator[_View]:
+    return (x for x in arguments if isinstance(x, _View))
+
+
+class Tape:
+    """What a recorded call has to do anew.
+
+    Args:
+        values: List that the steps work on; at its start there is room for the tensors and for their addresses.
+        steps: In order.
+        results: Places of the results in the list.
+    """
+
+    def __init__(self, values: list[object], steps: Sequence[Step], results: Sequence[int]) -> None:
+        self._values, self._steps, self._results = values, steps, results
+
+    def play(self, tensors: Sequence[Tensor], addresses: Sequence[int], stream: int) -> list[Tensor | None] | None:
+        """Results for other tensors of the same layouts, None if the tape does not fit after all."""
+        values = self._values.copy()
+        values[: 2 * len(tensors)] = *tensors, *addresses
+        for step in self._steps:
+            if step(values, stream):
+                return None
+        return [values[place] for place in self._results]
+
+
+class _Buffer:
+    """Memory of a tape.
+
+    Attributes:
+        place: Where its tensor is in the tape's list.
+        size: The tensor's.
+        stride: The tensor's.
+        dtype: The tensor's.
+        addresses: By distance in bytes from the tensor's start: where that address is in the tape's list.
+    """
+
+    def __init__(self, place: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> None:
+        self.place, self.size, self.stride, self.dtype = place, tuple(size), tuple(stride), dtype
+        self.addresses: dict[int, int] = {}
+
+
+class _Editor:
+    """Makes a tape of what was recorded.
+
+    Args:
+        given: Memory of the function's arguments.
+        steps: Launches and calls.
+        results: The function's results.
+    """
+
+    def __init__(
+        self, given: Sequence[_Memory], steps: Sequence[_Launch | _Call], results: Sequence[_View | None]
+    ) -> None:
+        self._values: list[object] = [None] * (2 * len(given))
+        self._steps: list[Step] = []
+        self._tensors: dict[tuple, int] = {}
+        self._homes: dict[_Memory, tuple[_Buffer, int]] = {}  # with the distance from the buffer's start
+        for number, memory in enumerate(given):
+            buffer = self._buffer_like(memory.tensor, number)
+            buffer.addresses[0] = len(given) + number
+            self._homes[memory] = buffer, 0
+        arguments = [x for step in steps for x in _views(step.arguments)]
+        allocated = [x for x in dict.fromkeys(view.memory for view in [*arguments, *_views(results)]) if x.allocated]
+        alone = results[0].memory if results[0] is not None else None
+        buffers = [self._own_buffer(memory) for memory in allocated if memory is alone]
+        for returned in (True, False):
+            buffers += self._shared_buffers([x for x in allocated if x is not alone and x.returned == returned])
+        for step in steps:
+            self._steps.append(self._call(step) if isinstance(step, _Call) else self._launch(step))
+        places = [self._place(None) if view is None else self._tensor(view) for view in results]
+        first = [_allocating(buffer) for buffer in buffers]
+        first += [_locating(x) for x in (self._homes[memory][0] for memory in given) if len(x.addresses) > 1]
+        self.tape = Tape(self._values, [*first, *self._steps], places)
+
+    def _place(self, value: object) -> int:
+        """Room for something in the tape's list, and what is there from the start."""
+        self._values.append(value)
+        return len(self._values) - 1
+
+    def _buffer_like(self, tensor: Tensor, place: int) -> _Buffer:
+        return _Buffer(place, tensor.size(), tensor.stride(), tensor.dtype)
+
+    def _own_buffer(self, memory: _Memory) -> _Buffer:
+        """For memory that others must not share."""
+        place, tensor = self._place(None), memory.tensor
+        buffer = self._buffer_like(tensor, place)
+        if not tensor.is_contiguous():
+            buffer = _Buffer(place, [tensor.untyped_storage().nbytes() // tensor.itemsize], [1], tensor.dtype)
+        self._homes[memory] = buffer, 0
+        return buffer
+
+    def _shared_buffers(self, memories: Sequence[_Memory]) -> list[_Buffer]:
+        """A buffer for each dtype of the tensors that are returned or that torch is called with; others lie in one."""
+        if not memories:
+            return []
+        dtypes = list(dict.fromkeys(x.tensor.dtype for x in memories if x.passed or x.returned)) or [torch.uint8]
+        buffers = []
+        for dtype in dtypes:
+            inside = [x for x in memories if (x.tensor.dtype if x.passed or x.returned else dtypes[0]) == dtype]
+            starts, total = _pack(inside)
+            buffers.append(_Buffer(self._place(None), [total // dtype.itemsize], [1], dtype))
+            self._homes.update((memory, (buffers[-1], start)) for memory, start in starts.items())
+        return buffers
+
+    def _address(self, view: _View) -> int:
+        """Place of a tensor's address."""
+        if view.tensor.numel() == 0:
+            return self._place(0)
+        buffer, start = self._homes[view.memory]
+        offset = start + view.offset
+        if offset not in buffer.addresses:
+            buffer.addresses[offset] = self._place(None)
+        return buffer.addresses[offset]
+
+    def _tensor(self, view: _View) -> int:
+        """Place of a tensor, which is made before the next step."""
+        buffer, start = self._homes[view.memory]
+        offset, size, stride = start + view.offset, tuple(view.tensor.size()), view.tensor.stride()
+        if (offset, size, stride) == (0, buffer.size, buffer.stride):
+            return buffer.place
+        key = buffer.place, offset, size, stride
+        if key not in self._tensors:
+            self._tensors[key] = place = self._place(None)
+            offset //= view.tensor.itemsize
+            viewing = _viewing_inside if view.memory.given and offset else _viewing
+            self._steps.append(viewing(buffer.place, size, stride, offset, place))
+        return self._tensors[key]
+
+    def _launch(self, launch: _Launch) -> Step:
+        places = [self._address(x) if isinstance(x, _View) else self._place(x) for x in launch.arguments]
+        return _launching(launch.run, *launch.grid, itemgetter(*places))
+
+    def _call(self, call: _Call) -> Step:
+        places = [self._tensor(x) if isinstance(x, _View) else self._place(x) for x in call.arguments]
+        buffer = self._buffer_like(call.result.tensor, self._place(None))
+        self._homes[call.result] = buffer, 0
+        return _calling(call.function, places, call.options, buffer)
+
+
+def _pack(memories: Sequence[_Memory]) -> tuple[dict[_Memory, int], int]:
+    """Starts in a buffer, in bytes, where what is used at the same time does not overlap; and the buffer's size."""
+    placed: list[tuple[int, int, _Memory]] = []
+    for memory in memories:
+        start, size = 0, -(-memory.tensor.untyped_storage().nbytes() // PART_ALIGNMENT) * PART_ALIGNMENT
+        for other_start, other_end, other in sorted(placed, key=itemgetter(0)):
+            if other.last < memory.first or memory.last < other.first:
+                continue
+            if start + size <= other_start:
+                break
+            start = max(start, other_end)
+        placed.append((start, start + size, memory))
+    return {memory: start for start, _, memory in placed}, max((end for _, end, _ in placed), default=0)
+
+
+def _allocating(buffer: _Buffer) -> Step:
+    """A buffer without content."""
+    size, dtype, place, addresses = buffer.size, buffer.dtype, buffer.place, tuple(buffer.addresses.items())
+
+    def step(values: list, stream: int) -> int:
+        values[place] = tensor = values[0].new_empty(size, dtype=dtype)
+        start = tensor.data_ptr()
+        for offset, target in addresses:
+            values[target] = start + offset
+        return start % SPECIALISED_ALIGNMENT
+
+    return step
+
+
+def _locating(buffer: _Buffer) -> Step:
+    """Addresses inside of a given tensor."""
+    source, addresses = buffer.addresses[0], [(offset, place) for offset, place in buffer.addresses.items() if offset]
+
+    def step(values: list, stream: int) -> None:
+        for offset, target in addresses:
+            values[target] = values[source] + offset
+
+    return step
+
+
+def _viewing(source: int, size: Sequence[int], stride: Sequence[int], offset: int, target: int) -> Step:
+    """A view of memory that starts with its storage, or one that starts where a given tensor does."""
+    layout = (size, stride, offset) if offset else (size, stride)
+
+    def step(values: list, stream: int) -> None:
+        values[target] = values[source].as_strided(*layout)
+
+    return step
+
+
+def _viewing_inside(source: int, size: Sequence[int], stride: Sequence[int], offset: int, target: int) -> Step:
+    """A view that starts inside of a given tensor, which may itself start anywhere in its storage."""
+
+    def step(values: list, stream: int) -> None:
+        base = values[source]
+        values[target] = base.as_strided(size, stride, base.storage_offset() + offset)
+
+    return step
+
+
+def _calling(function: Callable, places: Sequence[int], options: dict[str, object], buffer: _Buffer) -> Step:
+    """What a function of torch computes."""
+    target, dtype = buffer.place, buffer.dtype
+
+    def step(values: list, stream: int) -> int | bool:
+        values[target] = result = function(*[values[place] for place in places], **options)
+        start = result.data_ptr()
+        for offset, place in buffer.addresses.items():
+            values[place] = start + offset
+        return start % SPECIALISED_ALIGNMENT or result.dtype is not dtype  # autocast may differ in a backward pass
+
+    return step
+
+
+def _launching(run: Callable[..., None], x: int, y: int, z: int, pick: Callable[[list], tuple]) -> Step:
+    """A kernel's launch on a grid (x, y, z), with what is picked from the tape's list."""
+
+    def step(values: list, stream: int) -> None:
+        run(x, y, z, stream, *pick(values))
+
+    return step
