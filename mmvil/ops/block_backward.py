@@ -28,8 +28,8 @@ MAX_STRIP_ROWS = 32
 # multiprocessor. The last are what one holds by its registers, so that a run is one full wave or two, but fewer for
 # the norm and the branch, whose partial sums are narrow and cost more to add up. Tiles are the fastest of those tried
 # on one H100; the numbers of programs follow from registers and are not timed.
-ROW_TILES = {'branch': (1024, 1, 2, 6), 'norm': (1024, 1, 2, 6), 'output': (512, 1, 3, 8)}
-FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 3, 8), 'value': (16, 32, 1, 2, 16)}
+ROW_TILES = {'branch': (1024, 1, 3, 6), 'norm': (1024, 1, 3, 8), 'output': (512, 1, 3, 8)}
+FLAT_TILES = {'query': (32, 32, 1, 3, 32), 'mix': (16, 32, 1, 4, 8), 'value': (16, 32, 1, 2, 16)}
 # IEEE float32 products run on the plain cores, with more registers for an operand.
 FLOAT_TILES = {**FLAT_TILES, 'mix': (16, 16, 2, 3, 4), 'value': (16, 16, 2, 2, 8)}
 CONV_TILE = (32, 4, 12)  # channels and warps of the causal convolution's, programs as above of both

@@ -52,9 +52,9 @@ def _form(form: str) -> ModuleType:
     return importlib.import_module(f'.triton_{form}', __package__)
 
 
-def _cell(shape: object) -> ModuleType:
-    """The form of the mLSTM that is fastest at this size."""
-    return _form(choose_form(shape.tokens, shape.inner // shape.heads))
+def _cell(shape: object, trains: bool) -> ModuleType:
+    """The form of the mLSTM that is fastest at this size, with a backward pass or without."""
+    return _form(choose_form(shape.tokens, shape.inner // shape.heads, trains))
 
 
 def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:
@@ -129,7 +129,7 @@ def _(
     )
     kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(3)]
     out = torch.empty_like(x, dtype=x.dtype if 'norm_w' in named else dtype)
-    return [out, u, gates, empty_rows_like(q), *kept, *_cell(shape).empty_saved(q)]
+    return [out, u, gates, empty_rows_like(q), *kept, *_cell(shape, trains=True).empty_saved(q)]
 
 
 @torch.library.custom_op('mmvil::vil_block_inference', mutates_args=())
@@ -238,7 +238,7 @@ def _run_forward(
     x, *rest = tensors
     named, scale = _named(names, rest), rest[-1] if len(rest) > len(names) else None
     shape = _shape(x, named, rows, columns, heads, reverse)
-    out, *saved, statistics = _launchers().block_forward(shape, _cell(shape), x, named, dtype, scale, keep)
+    out, *saved, statistics = _launchers().block_forward(shape, _cell(shape, keep), x, named, dtype, scale, keep)
     return [out, *saved, *statistics] if keep else [out]
 
 
@@ -264,7 +264,7 @@ def _run_backward(
     shape = _shape(x, named, rows, columns, heads, reverse)
     try:
         dx, gradients = _backward_launchers().block_backward(
-            shape, _cell(shape), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
+            shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
         )
     except Exception as error:
         if is_compile_failure(error):  # the plain modules would need activations that are gone by now
