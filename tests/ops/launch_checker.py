@@ -20,7 +20,8 @@ from mmvil.ops import fast_launch
 COUNTS = {'compiled': 0, 'all': 0, 'from tapes': 0}
 NAMES: list[str] = []
 # By what runs: the first size and ten or more others, as (batch, rows, columns). One and multiples of 16 are what
-# Triton would compile anew for. Up to 256 tokens one kernel scans the gates; above 1,024 the chunkwise form runs.
+# Triton would compile anew for. Up to 256 tokens one kernel scans the gates and the backward pass stores matrices;
+# above 1,024 the chunkwise form runs.
 SIZES = {
     'block': [
         (2, 14, 14),
@@ -38,7 +39,7 @@ SIZES = {
         (1, 2048, 1), (1, 39, 39),
     ],
 }  # fmt: skip
-SIZES['quadratic'] = SIZES['block'] + SIZES['long block'][1:]
+SIZES['quadratic'], SIZES['long quadratic'] = SIZES['block'], SIZES['long block']
 SIZES['chunkwise'] = SIZES['block'] + SIZES['chunkwise block'][1:]
 PROBLEMS: list[str] = []
 GIVEN: list[object] = []
@@ -125,10 +126,11 @@ def run_size(kind: str, block: object, batch: int, rows: int, columns: int) -> N
     from mmvil.models.fused import run_fused
     from mmvil.ops.custom_op import mlstm_triton
 
-    if kind in ('quadratic', 'chunkwise'):
+    if 'block' not in kind:
         q, k, v = torch.zeros(3, batch, rows * columns, 4, 32, dtype=torch.bfloat16).transpose(2, 3)
         igate, fgate = (torch.zeros(batch, 4, rows * columns) for _ in range(2))
-        mlstm_triton(q.requires_grad_(), k, v, igate, fgate, block.layer.reverse, 1e-6, kind).sum().backward()
+        h = mlstm_triton(q.requires_grad_(), k, v, igate, fgate, block.layer.reverse, 1e-6, kind.split()[-1])
+        h.sum().backward()
         return
     x = torch.zeros(batch, rows * columns, block.layer.embed_dims, requires_grad=True)
     with torch.autocast('cpu', torch.bfloat16):
