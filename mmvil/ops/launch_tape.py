@@ -6,10 +6,13 @@ It holds no tensors and is found by everything that the launcher's decisions may
 """
 
 import enum
+import itertools
+import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import attrgetter, itemgetter, or_
+from operator import attrgetter, itemgetter, mul, or_
 
 import torch
 from torch import Tensor
@@ -53,7 +56,7 @@ class Repeated:
     strides and addresses modulo 16: it must not read values, nor take shapes from tensors that the settings and the
     numbers of elements leave open. It launches kernels by `FastKernel`, calls no function of torch that changes a
     tensor, and runs without autograd. Where launches or torch's functions are watched it is simply called, and so it is
-    where a call of it cannot be recorded. Results but the first may share memory, though no elements.
+    where a call of it cannot be recorded.
 
     Args:
         function: Takes a list of tensors and settings, which are hashable; gives a list of tensors and Nones.
@@ -115,10 +118,14 @@ def _misalignment(addresses: Sequence[int]) -> tuple[int, ...] | None:
 
 
 class _Memory:
-    """What the tensors of a recorded call that share memory have in common.
+    """What the tensors of a recorded call that share memory have in common. Holds no tensor: memory is freed as ever.
 
     Attributes:
-        tensor: The one that came first.
+        size: Of the tensor that came first.
+        stride: Likewise.
+        dtype: Likewise.
+        start: Bytes from the start of its storage to its first element.
+        bytes: Size of its storage.
         given: Whether it was an argument of the recorded function.
         allocated: Whether nothing has to be computed for it.
         returned: Whether a result of the function lies in it.
@@ -128,7 +135,9 @@ class _Memory:
     """
 
     def __init__(self, tensor: Tensor, given: bool = False, allocated: bool = False) -> None:
-        self.tensor, self.given, self.allocated = tensor, given, allocated
+        self.size, self.stride, self.dtype = tuple(tensor.size()), tensor.stride(), tensor.dtype
+        self.start, self.bytes = _start(tensor), tensor.untyped_storage().nbytes()
+        self.given, self.allocated = given, allocated
         self.returned = self.passed = False
         self.first: int | None = None
         self.last: int | None = None
@@ -139,11 +148,12 @@ class _Memory:
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """A tensor of a recorded call: where it lies in which memory."""
+    """A tensor of a recorded call: where it lies in which memory, and how."""
 
     memory: _Memory
-    tensor: Tensor
     offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +197,13 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self._refused = False
         self._steps: list[_Launch | _Call] = []
+        self._device = given[0].get_device()
         self._given = [_Memory(x, given=True) for x in given]
-        # By the tensor's id, which is its own as long as the view holds the tensor.
-        self._views = {id(x.tensor): _View(x, x.tensor, 0) for x in self._given}
+        # By the tensor's id, for as long as the tensor lives.
+        self._views: dict[int, _View] = {}
+        self._living: dict[int, weakref.ref] = {}
+        for tensor, memory in zip(given, self._given, strict=True):
+            self._know(tensor, memory)
 
     def __enter__(self) -> '_Recorder':
         recording.recorder = self
@@ -198,6 +212,17 @@ class _Recorder(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         recording.recorder = None
         super().__exit__(*error)
+
+    def _know(self, tensor: Tensor, memory: _Memory) -> None:
+        """Keep in mind where a tensor lies until it dies, when another one may get its id."""
+        key = id(tensor)
+
+        def forget(_: object) -> None:
+            self._views.pop(key, None)
+            self._living.pop(key, None)
+
+        self._views[key] = _View(memory, _start(tensor) - memory.start, tuple(tensor.size()), tensor.stride())
+        self._living[key] = weakref.ref(tensor, forget)
 
     def refuse(self) -> None:
         """Give this call up: it does something that tapes cannot."""
@@ -237,8 +262,8 @@ class _Recorder(TorchFunctionMode):
         for base in args:
             if isinstance(base, Tensor) and id(base) in self._views and _storage(base) == _storage(tensor):
                 memory = self._views[id(base)].memory
-                self._views[id(tensor)] = _View(memory, tensor, _start(tensor) - _start(memory.tensor))
-                if tensor.dtype != memory.tensor.dtype:
+                self._know(tensor, memory)
+                if tensor.dtype != memory.dtype:
                     self.refuse()
                 return True
         return False
@@ -246,8 +271,8 @@ class _Recorder(TorchFunctionMode):
     def _note_new(self, tensor: Tensor, function: Callable, args: tuple, kwargs: dict[str, object]) -> None:
         """Take down how a tensor with memory of its own came to be."""
         memory = _Memory(tensor, allocated=function in ALLOCATIONS)
-        self._views[id(tensor)] = _View(memory, tensor, 0)
-        elsewhere = tensor.get_device() != self._given[0].tensor.get_device() or tensor.storage_offset()
+        self._know(tensor, memory)
+        elsewhere = tensor.get_device() != self._device or tensor.storage_offset()
         if elsewhere or tensor.data_ptr() % SPECIALISED_ALIGNMENT:
             self.refuse()
         if memory.allocated:
@@ -286,6 +311,11 @@ def _storage(tensor: Tensor) -> int:
 def _start(tensor: Tensor) -> int:
     """Bytes from the start of a tensor's storage to its first element."""
     return tensor.storage_offset() * tensor.itemsize
+
+
+def _dense(size: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(itertools.accumulate([1, *size[:0:-1]], mul))[::-1]
 
 
 def _holds_tensors(argument: object) -> bool:
@@ -351,17 +381,18 @@ class _Editor:
         self._tensors: dict[tuple, int] = {}
         self._homes: dict[_Memory, tuple[_Buffer, int]] = {}  # with the distance from the buffer's start
         for number, memory in enumerate(given):
-            buffer = self._buffer_like(memory.tensor, number)
+            buffer = _Buffer(number, memory.size, memory.stride, memory.dtype)
             buffer.addresses[0] = len(given) + number
             self._homes[memory] = buffer, 0
         arguments = [x for step in steps for x in _views(step.arguments)]
         allocated = [x for x in dict.fromkeys(view.memory for view in [*arguments, *_views(results)]) if x.allocated]
-        alone = results[0].memory if results[0] is not None else None
-        buffers = [self._own_buffer(memory) for memory in allocated if memory is alone]
-        for returned in (True, False):
-            buffers += self._shared_buffers([x for x in allocated if x is not alone and x.returned == returned])
-        for step in steps:
+        buffers = [self._own_buffer(memory) for memory in allocated if memory.returned]
+        buffers += self._shared_buffers([memory for memory in allocated if not memory.returned])
+        for number, step in enumerate(steps):
             self._steps.append(self._call(step) if isinstance(step, _Call) else self._launch(step))
+            done = [x for x in self._homes if not (x.given or x.allocated or x.returned) and x.last == number]
+            if done:
+                self._steps.append(_releasing(self._tensors_in(done)))
         places = [self._place(None) if view is None else self._tensor(view) for view in results]
         first = [_allocating(buffer) for buffer in buffers]
         first += [_locating(x) for x in (self._homes[memory][0] for memory in given) if len(x.addresses) > 1]
@@ -372,34 +403,36 @@ class _Editor:
         self._values.append(value)
         return len(self._values) - 1
 
-    def _buffer_like(self, tensor: Tensor, place: int) -> _Buffer:
-        return _Buffer(place, tensor.size(), tensor.stride(), tensor.dtype)
-
     def _own_buffer(self, memory: _Memory) -> _Buffer:
-        """For memory that others must not share."""
-        place, tensor = self._place(None), memory.tensor
-        buffer = self._buffer_like(tensor, place)
-        if not tensor.is_contiguous():
-            buffer = _Buffer(place, [tensor.untyped_storage().nbytes() // tensor.itemsize], [1], tensor.dtype)
+        """For memory that others must not share, as results must not that outlive each other."""
+        size, stride = memory.size, memory.stride
+        if math.prod(size) * memory.dtype.itemsize != memory.bytes or stride != _dense(size):
+            size, stride = [memory.bytes // memory.dtype.itemsize], [1]
+        buffer = _Buffer(self._place(None), size, stride, memory.dtype)
         self._homes[memory] = buffer, 0
         return buffer
 
     def _shared_buffers(self, memories: Sequence[_Memory]) -> list[_Buffer]:
-        """A buffer for each dtype of the tensors that are returned or that torch is called with; others lie in one."""
+        """A buffer for each dtype of the tensors that torch is called with; others lie in one of them."""
         if not memories:
             return []
-        dtypes = list(dict.fromkeys(x.tensor.dtype for x in memories if x.passed or x.returned)) or [torch.uint8]
+        dtypes = list(dict.fromkeys(x.dtype for x in memories if x.passed)) or [torch.uint8]
         buffers = []
         for dtype in dtypes:
-            inside = [x for x in memories if (x.tensor.dtype if x.passed or x.returned else dtypes[0]) == dtype]
+            inside = [x for x in memories if (x.dtype if x.passed else dtypes[0]) == dtype]
             starts, total = _pack(inside)
             buffers.append(_Buffer(self._place(None), [total // dtype.itemsize], [1], dtype))
             self._homes.update((memory, (buffers[-1], start)) for memory, start in starts.items())
         return buffers
 
+    def _tensors_in(self, memories: Sequence[_Memory]) -> list[int]:
+        """Places of the tensors that lie in memory which nothing needs any more."""
+        owners = {self._homes[memory][0].place for memory in memories}
+        return [*owners, *(place for (owner, *_), place in self._tensors.items() if owner in owners)]
+
     def _address(self, view: _View) -> int:
         """Place of a tensor's address."""
-        if view.tensor.numel() == 0:
+        if 0 in view.size:
             return self._place(0)
         buffer, start = self._homes[view.memory]
         offset = start + view.offset
@@ -410,13 +443,13 @@ class _Editor:
     def _tensor(self, view: _View) -> int:
         """Place of a tensor, which is made before the next step."""
         buffer, start = self._homes[view.memory]
-        offset, size, stride = start + view.offset, tuple(view.tensor.size()), view.tensor.stride()
+        offset, size, stride = start + view.offset, view.size, view.stride
         if (offset, size, stride) == (0, buffer.size, buffer.stride):
             return buffer.place
         key = buffer.place, offset, size, stride
         if key not in self._tensors:
             self._tensors[key] = place = self._place(None)
-            offset //= view.tensor.itemsize
+            offset //= view.memory.dtype.itemsize
             viewing = _viewing_inside if view.memory.given and offset else _viewing
             self._steps.append(viewing(buffer.place, size, stride, offset, place))
         return self._tensors[key]
@@ -427,7 +460,8 @@ class _Editor:
 
     def _call(self, call: _Call) -> Step:
         places = [self._tensor(x) if isinstance(x, _View) else self._place(x) for x in call.arguments]
-        buffer = self._buffer_like(call.result.tensor, self._place(None))
+        result = call.result
+        buffer = _Buffer(self._place(None), result.size, result.stride, result.dtype)
         self._homes[call.result] = buffer, 0
         return _calling(call.function, places, call.options, buffer)
 
@@ -436,7 +470,7 @@ def _pack(memories: Sequence[_Memory]) -> tuple[dict[_Memory, int], int]:
     """Starts in a buffer, in bytes, where what is used at the same time does not overlap; and the buffer's size."""
     placed: list[tuple[int, int, _Memory]] = []
     for memory in memories:
-        start, size = 0, -(-memory.tensor.untyped_storage().nbytes() // PART_ALIGNMENT) * PART_ALIGNMENT
+        start, size = 0, -(-memory.bytes // PART_ALIGNMENT) * PART_ALIGNMENT
         for other_start, other_end, other in sorted(placed, key=itemgetter(0)):
             if other.last < memory.first or memory.last < other.first:
                 continue
@@ -502,6 +536,16 @@ def _calling(function: Callable, places: Sequence[int], options: dict[str, objec
         for offset, place in buffer.addresses.items():
             values[place] = start + offset
         return start % SPECIALISED_ALIGNMENT or result.dtype is not dtype  # autocast may differ in a backward pass
+
+    return step
+
+
+def _releasing(places: Sequence[int]) -> Step:
+    """Let go of tensors, so that their memory is free."""
+
+    def step(values: list, stream: int) -> None:
+        for place in places:
+            values[place] = None
 
     return step
 

@@ -5,6 +5,7 @@ On a CPU the kernels are interpreted, from the addresses that a tape gives.
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmvil.models import ViLBlock, ViLLayer
-from mmvil.models.fused import run_fused
+from mmvil.models.fused import fused_weights, run_fused
 from mmvil.ops import block, block_backward, block_op, launch_tape, triton_chunkwise, triton_quadratic
 from mmvil.ops.fast_launch import FastKernel, FastKernels, launches_are_direct, recording
 from mmvil.ops.launch_tape import MAX_TAPES, Repeated, Tape, _Memory, _pack
@@ -291,6 +292,55 @@ def test_nothing_is_played_where_launches_or_calls_are_watched(
     assert len(played) == 1
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_results_of_operators_share_no_memory(played: list[Tape], dtype: torch.dtype) -> None:
+    """As torch demands of operators; it looks at each call under torch.compile."""
+    weights = fused_weights(made())
+    names, tensors, sizes = ' '.join(weights), list(weights.values()), (2, 3, 2, True)
+    for _ in range(3):
+        with torch.no_grad():
+            out, *saved = torch.ops.mmvil.vil_block_fwd(tokens(), tensors, names, None, *sizes, dtype)
+            found = torch.ops.mmvil.vil_block_bwd(out, tokens(), tensors, names, None, saved, *sizes)
+        for results in ([out, *saved], found):
+            assert len({x.untyped_storage().data_ptr() for x in results}) == len(results)
+    assert len(played) == 2
+
+
+def test_memory_is_freed_while_a_call_is_recorded_and_played(add: object, played: list[Tape]) -> None:
+    living = []
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        assert len(living) % 2 == 0 or living[-1]() is None  # the second one finds the first one gone
+        result = x.mul(y)
+        living.append(weakref.ref(result))
+        return result
+
+    def function(tensors: list[Tensor]) -> list[Tensor]:
+        (x,) = tensors
+        first, out = watched(x, x), torch.empty_like(x)
+        add[(1,)](x, first, out, x.numel(), 2.0, BLOCK=64)
+        del first
+        second = watched(out, x)
+        return [torch.add(second, x)]
+
+    def watched(x: Tensor, y: Tensor) -> Tensor:
+        return (
+            torch.overrides.handle_torch_function(watched_product, (x, y), x, y)
+            if recording.recorder
+            else product(x, y)
+        )
+
+    def watched_product(x: Tensor, y: Tensor) -> Tensor:
+        return product(x, y)
+
+    repeated, x = Repeated(function), torch.linspace(0, 1, 48, device=DEVICE)
+    for number in range(4):
+        (result,) = repeated([x])
+        torch.testing.assert_close(result, (x + 2 * x * x) * x + x)
+        assert [ref() for ref in living] == [None] * 2 * (number + 1)
+    assert len(played) == 2
+
+
 @pytest.mark.gpu
 def test_threads_share_tapes(played: list[Tape]) -> None:
     modules = [made() for _ in range(8)]
@@ -416,8 +466,8 @@ def test_parts_that_are_used_at_the_same_time_do_not_overlap() -> None:
         memory.first, memory.last = first, first + length // 4
         memories.append(memory)
     starts, total = _pack(memories)
-    ends = {memory: starts[memory] + memory.tensor.nbytes for memory in memories}
-    assert max(ends.values()) <= total < sum(-(-memory.tensor.nbytes // 512) * 512 for memory in memories)
+    ends = {memory: starts[memory] + memory.bytes for memory in memories}
+    assert max(ends.values()) <= total < sum(-(-memory.bytes // 512) * 512 for memory in memories)
     for one in memories:
         assert starts[one] % 512 == 0
         for other in memories:
