@@ -71,6 +71,7 @@ JOINT_KEY_COLUMNS = 128
 # Longest sequence of 16-bit inputs whose backward pass stores matrices of S x S: two of a head then take the memory of
 # at most a few tensors of its rows.
 STORED_TOKENS = 256
+STORED_WITHOUT_PRODUCTS = 128
 STORED_COLUMNS = 192
 ROW_ELEMENTS = 2048
 # Of rows of a block; columns are channels or tokens of a step. The last of each fit every card.
@@ -234,7 +235,7 @@ def backward(
     pitch = ceil_div(length, BLOCK)
     plane = batch * heads * pitch
     alignment = row_alignment(q, k, v, h, dh, dq, dk, dv)
-    if _stores_matrices(q) if stored is None else stored:
+    if _stores_matrices(q, products) if stored is None else stored:
         products = _row_products(h, dh, alignment) if products is None else products
         sums, parts = _stored_gradients(dh, q, k, v, products, stats, dq, dk, dv, alignment, sign, eps), pitch
     else:
@@ -284,9 +285,10 @@ def _fresh_gradients(
         launch_first_fitting(_tiles(key_tiles, name, q), functools.partial(launch_key, with_k, with_v))
 
 
-def _stores_matrices(q: Tensor) -> bool:
-    """Whether the backward pass stores matrices of S x S."""
-    return q.element_size() == 2 and q.shape[2] <= STORED_TOKENS
+def _stores_matrices(q: Tensor, products: Tensor | None) -> bool:
+    """Whether the backward pass stores matrices of S x S, which for small heads must not need another kernel first."""
+    is_faster = products is not None or q.shape[3] > STORED_WITHOUT_PRODUCTS
+    return q.element_size() == 2 and q.shape[2] <= STORED_TOKENS and is_faster
 
 
 def _row_products(h: Tensor, dh: Tensor, alignment: int) -> Tensor:
