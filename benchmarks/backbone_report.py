@@ -1,5 +1,11 @@
-"""What `bench_backbone.py` makes of its figures: the floor, ratios to DeiT, shares, the plot. Needs no device."""
+"""What `bench_backbone.py` makes of its figures: the floor, ratios to DeiT, shares, the plot. Needs no device.
 
+    python benchmarks/backbone_report.py PLOT FILE [FILE ...]
+
+draws the rows of result files of one device; the last file with a size, resolution and model counts.
+"""
+
+import argparse
 import json
 import math
 import re
@@ -19,6 +25,7 @@ __all__ = [
     'draw',
     'earlier_rows',
     'known_bytes',
+    'rows_of',
     'verdict',
 ]
 
@@ -206,6 +213,29 @@ def earlier_rows(path: Path | None, facts: dict[str, object], replaced: Iterable
     return {'rows': rows, 'rates': {key: value for key, value in found['rates'].items() if key in kept}}
 
 
+def rows_of(paths: Iterable[Path]) -> tuple[list[dict[str, object]], str]:
+    """Rows of result files, later files first in importance, and the device that they are from.
+
+    Args:
+        paths: JSON files of `bench_backbone.py`.
+
+    Returns:
+        One row for each size, resolution and model, and the device's name.
+
+    Raises:
+        ValueError: The files are from several devices.
+    """
+    found: dict[tuple, dict[str, object]] = {}
+    devices = set()
+    for path in paths:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        devices.add(content['environment']['device'])
+        found |= {(row['size'], row['pixels'], row['model']): row for row in content['rows']}
+    if len(devices) != 1:
+        raise ValueError(f'expected results of one device, got those of {sorted(devices)}')
+    return list(found.values()), devices.pop()
+
+
 def draw(rows: list[dict[str, object]], path: Path, device: str) -> None:
     """Plot throughput and memory against resolution, one line per size and model, both axes logarithmic.
 
@@ -261,3 +291,17 @@ def _lines(rows: list[dict[str, object]], *keys: str) -> dict[tuple[str, str], l
         if value is not None and 'error' not in row:
             found.setdefault((row['size'], row['model']), []).append((row['pixels'], value))
     return found
+
+
+def main() -> None:
+    """Draw what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('plot', type=Path, help='SVG or PNG file to write')
+    parser.add_argument('files', type=Path, nargs='+', help='JSON files of bench_backbone.py')
+    options = parser.parse_args()
+    rows, device = rows_of(options.files)
+    draw(rows, options.plot, device)
+
+
+if __name__ == '__main__':
+    main()

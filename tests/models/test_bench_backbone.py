@@ -1,12 +1,13 @@
 """The backbone benchmark: its models, its check, its floor and its report, as far as they need no GPU."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import bench_backbone as bench
-from benchmarks.backbone_report import BLOCK_NAME, add_ratios, block_floor, draw, earlier_rows, known_bytes
+from benchmarks.backbone_report import BLOCK_NAME, add_ratios, block_floor, draw, earlier_rows, known_bytes, rows_of
 
 RATES = {'copy_bytes_per_second': 1e12, 'matmul_flop_per_second': 1e15}
 
@@ -186,3 +187,22 @@ def test_no_gpu_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit, match='measures on a GPU'):
         bench.main(['--sizes', 'tiny'])
+
+
+def test_rows_of_several_files(tmp_path: Path) -> None:
+    row = {'size': 'tiny', 'pixels': 224, 'model': 'fused', 'forward': 1.0}
+    contents = {
+        'old': ('card', [row, {**row, 'model': 'plain'}]),
+        'new': ('card', [{**row, 'forward': 2.0}, {**row, 'pixels': 512}]),
+        'other': ('another card', [row]),
+    }
+    paths = {name: tmp_path / f'{name}.json' for name in contents}
+    for name, (device, found) in contents.items():
+        paths[name].write_text(json.dumps({'environment': {'device': device}, 'rows': found}), encoding='utf-8')
+    merged, device = rows_of([paths['old'], paths['new']])
+    assert device == 'card'
+    assert [(x['pixels'], x['model'], x['forward']) for x in merged] == [
+        (224, 'fused', 2.0), (224, 'plain', 1.0), (512, 'fused', 1.0)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"one device, got those of \['another card', 'card'\]"):
+        rows_of(paths.values())
