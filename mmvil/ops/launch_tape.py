@@ -8,31 +8,22 @@ It holds no tensors and is found by everything that the launcher's decisions may
 import enum
 import itertools
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import attrgetter, itemgetter, mul, or_
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from triton.runtime import driver
 
-from .fast_launch import launches_are_direct, launches_are_watched, recording
+from .fast_launch import launches_are_direct, launches_are_watched
+from .tape_recorder import SPECIALISED_ALIGNMENT, Call, Launch, Memory, View, record, views_among
 
 __all__ = ['Repeated']
 
 MAX_TAPES = 256
-SPECIALISED_ALIGNMENT = 16
-"""Bytes: Triton asks of addresses whether they are multiples of this."""
-
 PART_ALIGNMENT = 512
 """Bytes: parts of a buffer start at multiples of this, as tensors of their own do with CUDA's allocator."""
-
-ALLOCATIONS = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
-NUMBERS_AND_KINDS = (int, float, torch.Size, torch.dtype, torch.device)
-ASSIGNMENTS = ('__set__', '__setitem__', '__iadd__', '__isub__', '__imul__', '__itruediv__')
 
 Step = Callable[[list, int], object]
 """One thing that a tape does: it reads and writes a list of tensors, addresses and numbers, on a stream.
@@ -100,7 +91,8 @@ class Repeated:
         if tape is None:  # the first call may compile kernels, and may be the only one with its sizes
             results, self._tapes[key] = self._run(tensors, settings), _State.SEEN
         else:
-            results, self._tapes[key] = _record(self._function, tensors, settings)
+            results, noted = record(self._function, tensors, settings)
+            self._tapes[key] = _State.REFUSED if noted is None else _Editor(*noted).tape
         return results
 
 
@@ -115,215 +107,6 @@ def _misalignment(addresses: Sequence[int]) -> tuple[int, ...] | None:
     if reduce(or_, addresses) % SPECIALISED_ALIGNMENT:
         return tuple(address % SPECIALISED_ALIGNMENT for address in addresses)
     return None
-
-
-class _Memory:
-    """What the tensors of a recorded call that share memory have in common. Holds no tensor: memory is freed as ever.
-
-    Attributes:
-        size: Of the tensor that came first.
-        stride: Likewise.
-        dtype: Likewise.
-        start: Bytes from the start of its storage to its first element.
-        bytes: Size of its storage.
-        given: Whether it was an argument of the recorded function.
-        allocated: Whether nothing has to be computed for it.
-        returned: Whether a result of the function lies in it.
-        passed: Whether a function of torch takes it as a tensor.
-        first: Number of the first step that uses it, None if none does.
-        last: Number of the last one.
-    """
-
-    def __init__(self, tensor: Tensor, given: bool = False, allocated: bool = False) -> None:
-        self.size, self.stride, self.dtype = tuple(tensor.size()), tensor.stride(), tensor.dtype
-        self.start, self.bytes = _start(tensor), tensor.untyped_storage().nbytes()
-        self.given, self.allocated = given, allocated
-        self.returned = self.passed = False
-        self.first: int | None = None
-        self.last: int | None = None
-
-    def is_used_by(self, step: int) -> None:
-        self.first, self.last = step if self.first is None else self.first, step
-
-
-@dataclass(frozen=True, eq=False)
-class _View:
-    """A tensor of a recorded call: where it lies in which memory, and how."""
-
-    memory: _Memory
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Launch:
-    """A kernel's launch. Tensors among the arguments are views."""
-
-    run: Callable[..., None]
-    grid: tuple[int, int, int]
-    arguments: tuple[object, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A call of a function of torch that computes a tensor. Tensors among the arguments are views."""
-
-    function: Callable[..., Tensor]
-    arguments: tuple[object, ...]
-    options: dict[str, object]
-    result: _Memory
-
-
-def _record(
-    function: Callable[..., list[Tensor | None]], tensors: Sequence[Tensor], settings: tuple
-) -> 'tuple[list[Tensor | None], Tape | _State]':
-    """Results of a function, and the tape of this call if there can be one."""
-    aliases = [x.detach() for x in tensors]  # a tensor may be given twice, here, but not the next time
-    recorder = _Recorder(aliases)
-    with recorder:
-        results = function(aliases, *settings)
-    return results, recorder.tape(results)
-
-
-class _Recorder(TorchFunctionMode):
-    """Takes down what is launched and computed while it is active.
-
-    Args:
-        given: Arguments of the function that is recorded.
-    """
-
-    def __init__(self, given: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._refused = False
-        self._steps: list[_Launch | _Call] = []
-        self._device = given[0].get_device()
-        self._given = [_Memory(x, given=True) for x in given]
-        # By the tensor's id, for as long as the tensor lives.
-        self._views: dict[int, _View] = {}
-        self._living: dict[int, weakref.ref] = {}
-        for tensor, memory in zip(given, self._given, strict=True):
-            self._know(tensor, memory)
-
-    def __enter__(self) -> '_Recorder':
-        recording.recorder = self
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        recording.recorder = None
-        super().__exit__(*error)
-
-    def _know(self, tensor: Tensor, memory: _Memory) -> None:
-        """Keep in mind where a tensor lies until it dies, when another one may get its id."""
-        key = id(tensor)
-
-        def forget(_: object) -> None:
-            self._views.pop(key, None)
-            self._living.pop(key, None)
-
-        self._views[key] = _View(memory, _start(tensor) - memory.start, tuple(tensor.size()), tensor.stride())
-        self._living[key] = weakref.ref(tensor, forget)
-
-    def refuse(self) -> None:
-        """Give this call up: it does something that tapes cannot."""
-        self._refused = True
-
-    def note_launch(
-        self,
-        run: Callable[..., None],
-        grid: tuple[int, int, int],
-        handles: tuple[object, object],
-        arguments: Sequence[object],
-        constants: Sequence[object],
-    ) -> None:
-        """See `LaunchRecorder`."""
-        views = self._as_views(arguments)
-        self._steps.append(_Launch(run, grid, (*handles, None, None, None, *views, *constants)))
-
-    def __torch_function__(
-        self, function: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        if isinstance(result, NUMBERS_AND_KINDS):
-            return result
-        name = getattr(function, '__name__', '')
-        if name in ASSIGNMENTS or (name.endswith('_') and not name.endswith('__')) or 'out' in kwargs:
-            self.refuse()
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor) and id(tensor) not in self._views and not self._is_view(tensor, args):
-                self._note_new(tensor, function, args, kwargs)
-                if tensor is not result:
-                    self.refuse()
-        return result
-
-    def _is_view(self, tensor: Tensor, args: Sequence[object]) -> bool:
-        """Whether a tensor lies in the memory of an argument; if so it is known from now on."""
-        for base in args:
-            if isinstance(base, Tensor) and id(base) in self._views and _storage(base) == _storage(tensor):
-                memory = self._views[id(base)].memory
-                self._know(tensor, memory)
-                if tensor.dtype != memory.dtype:
-                    self.refuse()
-                return True
-        return False
-
-    def _note_new(self, tensor: Tensor, function: Callable, args: tuple, kwargs: dict[str, object]) -> None:
-        """Take down how a tensor with memory of its own came to be."""
-        memory = _Memory(tensor, allocated=function in ALLOCATIONS)
-        self._know(tensor, memory)
-        elsewhere = tensor.get_device() != self._device or tensor.storage_offset()
-        if elsewhere or tensor.data_ptr() % SPECIALISED_ALIGNMENT:
-            self.refuse()
-        if memory.allocated:
-            return
-        arguments = self._as_views(args)
-        if any(isinstance(x, Tensor) or _holds_tensors(x) for x in kwargs.values()):
-            self.refuse()
-        self._steps.append(_Call(function, arguments, kwargs, memory))
-        for view in _views(arguments):
-            view.memory.passed = True
-
-    def _as_views(self, arguments: Sequence[object]) -> tuple[object, ...]:
-        """Arguments with views in place of tensors, all of which must be known."""
-        if any(_holds_tensors(x) or (isinstance(x, Tensor) and id(x) not in self._views) for x in arguments):
-            self.refuse()
-        return tuple(self._views.get(id(x)) if isinstance(x, Tensor) else x for x in arguments)
-
-    def tape(self, results: Sequence[Tensor | None]) -> 'Tape | _State':
-        """What was taken down, as far as these results need it."""
-        views = [None if x is None else self._views.get(id(x)) for x in results]
-        if self._refused or any(view is None and x is not None for view, x in zip(views, results, strict=True)):
-            return _State.REFUSED
-        for number, step in enumerate(self._steps):
-            for view in _views(step.arguments):
-                view.memory.is_used_by(number)
-        for view in _views(views):
-            view.memory.returned = True
-            view.memory.is_used_by(len(self._steps))
-        return _Editor(self._given, self._steps, views).tape
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _start(tensor: Tensor) -> int:
-    """Bytes from the start of a tensor's storage to its first element."""
-    return tensor.storage_offset() * tensor.itemsize
-
-
-def _dense(size: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    return tuple(itertools.accumulate([1, *size[:0:-1]], mul))[::-1]
-
-
-def _holds_tensors(argument: object) -> bool:
-    return isinstance(argument, (tuple, list)) and any(isinstance(x, Tensor) for x in argument)
-
-
-def _views(arguments: Sequence[object]) -> Iterator[_View]:
-    return (x for x in arguments if isinstance(x, _View))
 
 
 class Tape:
@@ -373,23 +156,23 @@ class _Editor:
         results: The function's results.
     """
 
-    def __init__(
-        self, given: Sequence[_Memory], steps: Sequence[_Launch | _Call], results: Sequence[_View | None]
-    ) -> None:
+    def __init__(self, given: Sequence[Memory], steps: Sequence[Launch | Call], results: Sequence[View | None]) -> None:
         self._values: list[object] = [None] * (2 * len(given))
         self._steps: list[Step] = []
         self._tensors: dict[tuple, int] = {}
-        self._homes: dict[_Memory, tuple[_Buffer, int]] = {}  # with the distance from the buffer's start
+        self._homes: dict[Memory, tuple[_Buffer, int]] = {}  # with the distance from the buffer's start
         for number, memory in enumerate(given):
             buffer = _Buffer(number, memory.size, memory.stride, memory.dtype)
             buffer.addresses[0] = len(given) + number
             self._homes[memory] = buffer, 0
-        arguments = [x for step in steps for x in _views(step.arguments)]
-        allocated = [x for x in dict.fromkeys(view.memory for view in [*arguments, *_views(results)]) if x.allocated]
+        arguments = [x for step in steps for x in views_among(step.arguments)]
+        allocated = [
+            x for x in dict.fromkeys(view.memory for view in [*arguments, *views_among(results)]) if x.allocated
+        ]
         buffers = [self._own_buffer(memory) for memory in allocated if memory.returned]
         buffers += self._shared_buffers([memory for memory in allocated if not memory.returned])
         for number, step in enumerate(steps):
-            self._steps.append(self._call(step) if isinstance(step, _Call) else self._launch(step))
+            self._steps.append(self._call(step) if isinstance(step, Call) else self._launch(step))
             done = [x for x in self._homes if not (x.given or x.allocated or x.returned) and x.last == number]
             if done:
                 self._steps.append(_releasing(self._tensors_in(done)))
@@ -403,7 +186,7 @@ class _Editor:
         self._values.append(value)
         return len(self._values) - 1
 
-    def _own_buffer(self, memory: _Memory) -> _Buffer:
+    def _own_buffer(self, memory: Memory) -> _Buffer:
         """For memory that others must not share, as results must not that outlive each other."""
         size, stride = memory.size, memory.stride
         if math.prod(size) * memory.dtype.itemsize != memory.bytes or stride != _dense(size):
@@ -412,7 +195,7 @@ class _Editor:
         self._homes[memory] = buffer, 0
         return buffer
 
-    def _shared_buffers(self, memories: Sequence[_Memory]) -> list[_Buffer]:
+    def _shared_buffers(self, memories: Sequence[Memory]) -> list[_Buffer]:
         """A buffer for each dtype of the tensors that torch is called with; others lie in one of them."""
         if not memories:
             return []
@@ -425,12 +208,12 @@ class _Editor:
             self._homes.update((memory, (buffers[-1], start)) for memory, start in starts.items())
         return buffers
 
-    def _tensors_in(self, memories: Sequence[_Memory]) -> list[int]:
+    def _tensors_in(self, memories: Sequence[Memory]) -> list[int]:
         """Places of the tensors that lie in memory which nothing needs any more."""
         owners = {self._homes[memory][0].place for memory in memories}
         return [*owners, *(place for (owner, *_), place in self._tensors.items() if owner in owners)]
 
-    def _address(self, view: _View) -> int:
+    def _address(self, view: View) -> int:
         """Place of a tensor's address."""
         if 0 in view.size:
             return self._place(0)
@@ -440,7 +223,7 @@ class _Editor:
             buffer.addresses[offset] = self._place(None)
         return buffer.addresses[offset]
 
-    def _tensor(self, view: _View) -> int:
+    def _tensor(self, view: View) -> int:
         """Place of a tensor, which is made before the next step."""
         buffer, start = self._homes[view.memory]
         offset, size, stride = start + view.offset, view.size, view.stride
@@ -454,21 +237,26 @@ class _Editor:
             self._steps.append(viewing(buffer.place, size, stride, offset, place))
         return self._tensors[key]
 
-    def _launch(self, launch: _Launch) -> Step:
-        places = [self._address(x) if isinstance(x, _View) else self._place(x) for x in launch.arguments]
+    def _launch(self, launch: Launch) -> Step:
+        places = [self._address(x) if isinstance(x, View) else self._place(x) for x in launch.arguments]
         return _launching(launch.run, *launch.grid, itemgetter(*places))
 
-    def _call(self, call: _Call) -> Step:
-        places = [self._tensor(x) if isinstance(x, _View) else self._place(x) for x in call.arguments]
+    def _call(self, call: Call) -> Step:
+        places = [self._tensor(x) if isinstance(x, View) else self._place(x) for x in call.arguments]
         result = call.result
         buffer = _Buffer(self._place(None), result.size, result.stride, result.dtype)
         self._homes[call.result] = buffer, 0
         return _calling(call.function, places, call.options, buffer)
 
 
-def _pack(memories: Sequence[_Memory]) -> tuple[dict[_Memory, int], int]:
+def _dense(size: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(itertools.accumulate([1, *size[:0:-1]], mul))[::-1]
+
+
+def _pack(memories: Sequence[Memory]) -> tuple[dict[Memory, int], int]:
     """Starts in a buffer, in bytes, where what is used at the same time does not overlap; and the buffer's size."""
-    placed: list[tuple[int, int, _Memory]] = []
+    placed: list[tuple[int, int, Memory]] = []
     for memory in memories:
         start, size = 0, -(-memory.bytes // PART_ALIGNMENT) * PART_ALIGNMENT
         for other_start, other_end, other in sorted(placed, key=itemgetter(0)):

@@ -21,7 +21,8 @@ from mmvil.models import ViLBlock, ViLLayer
 from mmvil.models.fused import fused_weights, run_fused
 from mmvil.ops import block, block_backward, block_op, launch_tape, triton_chunkwise, triton_quadratic
 from mmvil.ops.fast_launch import FastKernel, FastKernels, launches_are_direct, recording
-from mmvil.ops.launch_tape import MAX_TAPES, Repeated, Tape, _Memory, _pack
+from mmvil.ops.launch_tape import MAX_TAPES, Repeated, Tape, _pack
+from mmvil.ops.tape_recorder import Memory
 from mmvil.ops.triton_launch import interpreting
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -462,7 +463,7 @@ def test_parts_that_are_used_at_the_same_time_do_not_overlap() -> None:
     memories = []
     for _ in range(60):
         size, first, length = torch.randint(1, 3000, (3,), generator=generator).tolist()
-        memory = _Memory(torch.empty(size))
+        memory = Memory(torch.empty(size))
         memory.first, memory.last = first, first + length // 4
         memories.append(memory)
     starts, total = _pack(memories)
