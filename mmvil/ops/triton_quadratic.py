@@ -297,7 +297,7 @@ def _row_products(h: Tensor, dh: Tensor, alignment: int) -> Tensor:
     width = next_power_of_two(dim)
     height = max(1, ROW_ELEMENTS // width)
     products = h.new_empty(batch, heads, length, dtype=torch.float32)
-    stored_kernels.row_product_kernel[(ceil_div(length, height), batch * heads)](
+    stored_kernels.row_product_kernel[(batch * heads * ceil_div(length, height),)](
         h, dh, products, *row_strides(alignment, h, dh), length, heads, DH=dim, BM=height, BD=width, ALIGN=alignment,
         num_warps=4,
     )  # fmt: skip
@@ -325,10 +325,10 @@ def _stored_gradients(
     first, second = head_pieces(ceil_div(dim, split))
 
     def launch_gradients(turned: bool, *tensors: Tensor) -> None:
-        count = 2 if turned else 1
+        programs = total * pitch * split * (2 if turned else 1)
 
         def launch(tiles: Tiles) -> None:
-            stored_kernels.matrix_gradient_kernel[(pitch * split * count, total)](
+            stored_kernels.matrix_gradient_kernel[(programs,)](
                 *tensors, *row_strides(alignment, *tensors[2:]), length, heads, pitch, sign, TURNED=turned, DH=dim,
                 CA=first, CB=second, SPLIT=split, BN=tiles.columns, ALIGN=alignment, **tiles.options(),
             )  # fmt: skip

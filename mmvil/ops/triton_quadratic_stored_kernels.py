@@ -43,11 +43,12 @@ def row_product_kernel(
     h, dh, products, h_sb, h_sh, h_ss, dh_sb, dh_sh, dh_ss, S, NH,
     DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """dh_i.h_i for BM tokens of a head. Grid: ceil(S / BM), B * NH."""
-    index = tl.program_id(1)
+    """dh_i.h_i for BM tokens of a head. Grid: B * NH * ceil(S / BM)."""
+    tiles = tl.cdiv(S, BM)
+    index = tl.program_id(0) // tiles
     h, h_step = head_start(h, index, NH, S, h_sb, h_sh, h_ss, 0, ALIGN)
     dh, dh_step = head_start(dh, index, NH, S, dh_sb, dh_sh, dh_ss, 0, ALIGN)
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
     x = _tile(h, h_step, token, S, 0, BD, DH, BD == DH).to(tl.float32)
     y = _tile(dh, dh_step, token, S, 0, BD, DH, BD == DH).to(tl.float32)
     tl.store(products + index.to(tl.int64) * S + token, tl.sum(x * y, 1), mask=token < S)
@@ -161,11 +162,12 @@ def matrix_gradient_kernel(
 ):  # fmt: skip
     """dx = first matrix * x, dy = second matrix * y, or TURNED with the matrices transposed.
 
-    A program makes BLOCK rows and CA + CB columns of one of the two. Grid: pitch * SPLIT * (2, or 1 for dx alone),
-    B * NH; long rows first.
+    A program makes BLOCK rows and CA + CB columns of one of the two, unless TURNED of dx. Grid: B * NH * pitch * SPLIT,
+    TURNED twice that; long rows first.
     """
-    index = tl.program_id(1)
-    part = tl.program_id(0) // pitch
+    programs = pitch * SPLIT * (2 if TURNED else 1)
+    index = tl.program_id(0) // programs
+    part = tl.program_id(0) % programs // pitch
     number = tl.program_id(0) % pitch
     first = (part % SPLIT) * (CA + CB)
     EVEN: tl.constexpr = DH == SPLIT * (CA + CB)

@@ -200,6 +200,18 @@ def test_no_compilation_for_another_batch_or_image_size(form: str) -> None:
     assert compiled_kernels() == before
 
 
+@pytest.mark.parametrize('dim', [16, 136])
+def test_more_heads_than_a_grid_has_rows(dim: int) -> None:
+    """65,535 programs are all that fit into the second and third dimension of a grid."""
+    inputs, dh = make_inputs((17000, 4, 3, dim), torch.bfloat16, 'cuda')
+
+    def run(*x: torch.Tensor) -> torch.Tensor:
+        return mlstm_triton(*x, True, EPS, 'quadratic')
+
+    last = computed(run, [x[-5:] for x in inputs], dh[-5:])
+    assert all(torch.equal(x[-5:], y) for x, y in zip(computed(run, inputs, dh), last, strict=True))
+
+
 def test_memory_grows_linearly() -> None:
     def peak(length: int) -> int:
         inputs, dh = make_inputs((1, 4, length, 96), torch.bfloat16, 'cuda')
