@@ -309,6 +309,20 @@ def test_results_of_operators_share_no_memory(played: list[Tape], dtype: torch.d
     assert len(played) == 2
 
 
+def test_operators_of_compiled_models_play_tapes(played: list[Tape]) -> None:
+    """There torch looks for results that share memory."""
+    torch.compiler.reset()
+    module, expected = made(), None
+    compiled = torch.compile(lambda x: run_fused(module, x, (2, 3)), backend='aot_eager', fullgraph=True)
+    for _ in range(4):
+        x = tokens().requires_grad_()
+        out = compiled(x)
+        found = [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
+        expected = expected or found
+        assert_equal(found, expected)
+    assert len(played) == 4
+
+
 def test_memory_is_freed_while_a_call_is_recorded_and_played(add: object, played: list[Tape]) -> None:
     living = []
 
