@@ -203,14 +203,14 @@ def _fresh_leaves(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[l
     still held from the batch before. A backward pass waits for that stream; waiting for another breaks a capture.
     """
     leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for p in parameters}
-    owners = [(part._parameters, name, p) for part in module.modules() for name, p in part._parameters.items()]
-    owners = [(own, name, p) for own, name, p in owners if p in leaves]
+    owners = [part._parameters for part in module.modules()]
+    places = [(own, name, p) for own in owners for name, p in own.items() if p in leaves]
     try:
-        for own, name, p in owners:
+        for own, name, p in places:
             own[name] = leaves[p]
         yield list(leaves.values())
     finally:
-        for own, name, p in owners:
+        for own, name, p in places:
             own[name] = p
 
 

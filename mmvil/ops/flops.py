@@ -36,6 +36,7 @@ def mlstm_flops(shape: Sequence[int], form: str = 'quadratic', chunk: int = CHUN
         form: 'quadratic' (causal S x S products) or 'chunkwise' (causal L x L products and DH x DH states).
         chunk: L of the chunkwise form, in tokens.
         backward: Count the backward pass instead of the forward pass.
+        trains: Whether a backward pass follows, on which the form of the cell depends.
 
     Returns:
         FLOPs, 2 per multiply-add.
@@ -88,8 +89,9 @@ def _counted_formula(q: Sequence[int], *args: Any, **kwargs: Any) -> int:
 
 
 def block_flops(
-    x: Sequence[int], weights: dict[str, Sequence[int]], tokens: int, heads: int, backward: bool = False
-) -> int:
+    x: Sequence[int], weights: dict[str, Sequence[int]], tokens: int, heads: int, backward: bool = False,
+    trains: bool = True,
+) -> int:  # fmt: skip
     """Count the FLOPs of one fused ViL block, as its plain modules execute them.
 
     Args:
@@ -98,6 +100,7 @@ def block_flops(
         tokens: S.
         heads: Heads of the cell.
         backward: Count the backward pass instead of the forward pass.
+        trains: Whether a backward pass follows, on which the form of the cell depends.
 
     Returns:
         FLOPs, 2 per multiply-add.
@@ -106,18 +109,27 @@ def block_flops(
     taps = math.prod(weights['conv_w'][1:])
     per_token = math.prod(weights['up_w']) + math.prod(weights['down_w'])
     per_token += inner * (taps + 3 * block) + 2 * heads * 3 * inner
-    form = choose_form(tokens, inner // heads, trains=False)
+    form = choose_form(tokens, inner // heads, trains)
     cell = mlstm_flops((x[0], heads, tokens, inner // heads), form, backward=backward)
     return (4 if backward else 2) * x[0] * tokens * per_token + cell
 
 
-@register_flop_formula([torch.ops.mmvil.vil_block_fwd, torch.ops.mmvil.vil_block_inference])
+@register_flop_formula(torch.ops.mmvil.vil_block_fwd)
 def _block_forward_formula(
     x: Sequence[int], weights: Sequence[Sequence[int]], names: str, scale: object, rows: int, columns: int,
     heads: int, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Shapes in place of tensors."""
     return block_flops(x, dict(zip(names.split(), weights, strict=True)), rows * columns, heads)
+
+
+@register_flop_formula(torch.ops.mmvil.vil_block_inference)
+def _block_inference_formula(
+    x: Sequence[int], weights: Sequence[Sequence[int]], names: str, scale: object, rows: int, columns: int,
+    heads: int, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Shapes in place of tensors."""
+    return block_flops(x, dict(zip(names.split(), weights, strict=True)), rows * columns, heads, trains=False)
 
 
 @register_flop_formula(torch.ops.mmvil.vil_block_bwd)

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import triton_quadratic_kernels, triton_quadratic_stored_kernels
+from . import triton_quadratic_backward_kernels, triton_quadratic_kernels, triton_quadratic_stored_kernels
 from .fast_launch import FastKernels
 from .triton_launch import (
     DeviceLimits,
@@ -27,6 +27,7 @@ from .triton_launch import (
 __all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'empty_saved', 'forward', 'scan_gates', 'tile_candidates']
 
 kernels = FastKernels(triton_quadratic_kernels)
+backward_kernels = FastKernels(triton_quadratic_backward_kernels)
 stored_kernels = FastKernels(triton_quadratic_stored_kernels)
 
 STATS_PLANES = 7
@@ -244,7 +245,7 @@ def backward(
         _fresh_gradients(
             dh, q, k, v, h, products, stats, rows, dq, dk, dv, alignment, sign, eps, query_tiles, key_tiles, joint
         )  # fmt: skip
-    kernels.gate_gradient_kernel[(batch * heads,)](
+    backward_kernels.gate_gradient_kernel[(batch * heads,)](
         fgate, sums, digate, dfgate, length, pitch, plane, parts, sign, **SCAN_SPANS
     )
     return dq, dk, dv, digate, dfgate
@@ -263,7 +264,7 @@ def _fresh_gradients(
 
     def launch_query(tiles: Tiles) -> object:
         grid = (batch * heads * ceil_div(length, tiles.rows),)
-        return kernels.query_gradient_kernel[grid](
+        return backward_kernels.query_gradient_kernel[grid](
             q, k, v, h, dh, dq, stats if products is None else products, stats, rows,
             *row_strides(alignment, q, k, v, h, dh, dq), length, heads, pitch, plane, sign, log_scale(dim), eps,
             WITH_H=products is None, **constants,
@@ -272,7 +273,7 @@ def _fresh_gradients(
 
     def launch_key(with_k: bool, with_v: bool, tiles: Tiles) -> object:
         grid = (batch * heads * ceil_div(length, tiles.rows),)
-        return kernels.key_gradient_kernel[grid](
+        return backward_kernels.key_gradient_kernel[grid](
             q, k, v, dh, dk, dv, stats, rows, *row_strides(alignment, q, k, v, dh, dk, dv),
             length, heads, pitch, plane, sign, log_scale(dim), WITH_K=with_k, WITH_V=with_v, **constants,
             BM=tiles.rows, BN=tiles.columns, **tiles.options(),

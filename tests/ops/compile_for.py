@@ -11,15 +11,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmvil.ops import triton_quadratic
+from mmvil.ops import triton_quadratic_backward_kernels as backward_kernels
 from mmvil.ops import triton_quadratic_kernels as kernels
 from mmvil.ops.triton_launch import DeviceLimits, Tiles, head_pieces
 
 ROWS = ('q', 'k', 'v', 'h', 'dh', 'dq', 'dk', 'dv')
 DEVICE_CODE = {
     'forward': kernels.quadratic_forward_kernel,
-    'query': kernels.query_gradient_kernel,
-    'key': kernels.key_gradient_kernel,
-    'value': kernels.key_gradient_kernel,
+    'query': backward_kernels.query_gradient_kernel,
+    'key': backward_kernels.key_gradient_kernel,
+    'value': backward_kernels.key_gradient_kernel,
 }
 
 

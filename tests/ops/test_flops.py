@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmvil.ops import mlstm
 from mmvil.ops.custom_op import FORMS, mlstm_triton
-from mmvil.ops.flops import count_as, get_flops, mlstm_flops
+from mmvil.ops.flops import block_flops, count_as, get_flops, mlstm_flops
 
 from .util import make_inputs
 
@@ -63,3 +63,11 @@ def test_counting_leaves_nothing_behind() -> None:
     with count_as('quadratic'):
         assert (mlstm(*inputs) == 0).all()
     assert (mlstm(*inputs) != 0).any()
+
+
+def test_blocks_are_counted_in_the_form_that_runs() -> None:
+    """Between the borders of the two, training takes the chunkwise form and inference the quadratic one."""
+    weights = {'skip': (128,), 'wq': (32, 4, 4), 'conv_w': (128, 1, 3, 3), 'up_w': (256, 64), 'down_w': (64, 128)}
+    quadratic, chunkwise = (mlstm_flops((1, 4, 1100, 32), form) for form in ('quadratic', 'chunkwise'))
+    inference, training = (block_flops((1, 1100, 64), weights, 1100, 4, trains=trains) for trains in (False, True))
+    assert inference - training == quadratic - chunkwise != 0

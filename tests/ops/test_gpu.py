@@ -173,7 +173,7 @@ def test_autocast() -> None:
 
 
 KERNEL_MODULES = {
-    'quadratic': ['triton_quadratic_kernels', 'triton_quadratic_stored_kernels'],
+    'quadratic': [f'triton_quadratic_{part}' for part in ('kernels', 'backward_kernels', 'stored_kernels')],
     'chunkwise': ['triton_chunkwise_states', 'triton_chunkwise_products'],
 }
 
