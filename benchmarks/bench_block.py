@@ -61,7 +61,10 @@ def work_of(scene: str, blocks: int) -> Callable[[], list[Tensor]]:
             out = tokens
             for block in stack:
                 out = block(out, grid)
-        return [out, *torch.autograd.grad(out, [tokens, *parameters], upstream)] if trains else [out]
+        if not trains:
+            return [out]
+        # Detached: while a graph lives, autograd waits for the stream that it was made on, which a capture forbids.
+        return [out.detach(), *torch.autograd.grad(out, [tokens, *parameters], upstream)]
 
     return work
 
