@@ -42,13 +42,13 @@ KERNEL_BYTES = {
     'mix2d_kernel': 5 * 4 + 2,  # with the shares of the gates
     'gates_kernel': 2,
     'gates_scan_kernel': 2,
-    'folded_forward_kernel': 4 * 4,
     'quadratic_forward_kernel': 4 * 4,
     'output_kernel': 4 * 4,
     'down_kernel': 4 + 4 + 4,
+    'residual_kernel': 2 + 4 + 4,
     'branch_kernel': 4 + 2,
     'output_backward_kernel': 8 * 4,
-    'query_kernel': 2 * 4,
+    'query_key_kernel': 3 * 4,
     'query_gradient_kernel': 6 * 4,
     'row_kernel': 2 * 4,
     'matrix_kernel': 4 * 4,  # and matrices, below
@@ -58,8 +58,8 @@ KERNEL_BYTES = {
     'conv2d_backward_kernel': 4 * 4,
     'layer_norm_backward_kernel': 4 + 2 + 4 + 4 + 2,
 }
-INFERENCE_BYTES = {'mix2d_kernel': 3 * 4 + 2}
-"""Where keys and values do not exist."""
+INFERENCE_BYTES = {'quadratic': {'mix2d_kernel': 3 * 4 + 2}, 'chunkwise': {'mix2d_kernel': 4 * 4 + 2}}
+"""Where keys and values do not exist, or only values."""
 KEY_GRADIENT_BYTES = {True: 6 * 4, False: 18}
 """Of the kernel for dk and dv by whether it makes both; else one launch for dk (20) and one for dv (16)."""
 MATRICES = {'matrix_kernel': 2, 'matrix_gradient_kernel': 1.5}
@@ -178,8 +178,8 @@ def known_bytes(kernel: str, images: int, tokens: int, dims: int, work: str) -> 
         dims: D.
         work: 'forward', which is inference, or 'train'.
     """
-    is_folded = work == 'forward' and choose_form(tokens, EXPAND * dims // HEADS, trains=False) == 'quadratic'
-    table = KERNEL_BYTES | INFERENCE_BYTES if is_folded else KERNEL_BYTES
+    form = choose_form(tokens, EXPAND * dims // HEADS, trains=False)
+    table = KERNEL_BYTES | INFERENCE_BYTES[form] if work == 'forward' else KERNEL_BYTES
     units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else table.get(kernel)
     if units is None:
         return None

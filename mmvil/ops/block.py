@@ -2,11 +2,9 @@
 
 One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell, one kernel
 for head norm, skip and gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input,
-the up-projection's output, the gates, the convolution's output, keys and values, and the cell's output with its
-statistics.
+the up-projection's output, the gates, the convolution's output, values, and the cell's output with its statistics.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import (
-    block_cell_kernels,
     block_gate_kernels,
     block_gemm_kernels,
     block_kernels,
@@ -30,16 +27,13 @@ from .triton_launch import (
     ceil_div,
     device_limits,
     dot_precision,
-    head_pieces,
     launch_first_fitting,
-    log_scale,
     next_power_of_two,
 )
 
 __all__ = ['CELL_EPS', 'NORM_EPS', 'BlockShape', 'as_heads', 'as_rows', 'block_forward', 'gate_width', 'qkv_biases']
 
 kernels = FastKernels(block_kernels)
-cell_kernels = FastKernels(block_cell_kernels)
 gate_kernels = FastKernels(block_gate_kernels)
 gemm_kernels = FastKernels(block_gemm_kernels)
 mix_kernels = FastKernels(block_mix_kernels)
@@ -54,14 +48,17 @@ SCAN_HEADS = 8
 COPY_BLOCK = 2048
 # Edge of the projections' blocks where they are folded: a thread holds that many neighbouring channels.
 FOLDED_BLOCK = 4
+NOTHING, VALUES, VALUES_AND_KEYS = range(3)
+"""What of the projections is folded into its neighbours and does not exist."""
 LOWERED = ('up_w', 'up_b', 'down_w')
-# Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken: on one
-# H100 it was faster than cuBLAS and an addition at D = 192 and 384, slower at 768.
-DOWN_TILES = (Tiles(64, 128, 4, 4), Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
-DOWN_MAX_DIMS = 512
+# Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken; above
+# that cuBLAS and an addition are faster.
+DOWN_TILES = (Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
+DOWN_MAX_DIMS = 256
 # Elements or tokens of a tile, warps; 'mix_rows' are the steps of a mixing program over a grid and over a sequence.
 SETTINGS = {
     'norm': (4096, 4),
+    'residual': (4096, 4),
     'mix_rows': (4, 4),
     'gates': (64, 2),
     'scan': (SCAN_TOKENS, 8),
@@ -102,9 +99,9 @@ class BlockShape:
         return self.grid[0] * self.grid[1]
 
 
-def gate_width(shape: BlockShape) -> int:
-    """Columns of a tile of gates."""
-    return max(16, next_power_of_two(2 * shape.heads))
+def gate_width(shape: BlockShape, kinds: int = 2) -> int:
+    """Columns of a tile of gates, or of three kinds of columns a head."""
+    return max(16, next_power_of_two(kinds * shape.heads))
 
 
 def qkv_biases(weights: dict[str, Tensor | None]) -> list[Tensor]:
@@ -119,31 +116,39 @@ class MixWeights:
     Attributes:
         constant: (parts * BG) float32, what the projections' biases add to the gates.
         taps: (taps * E) float32, the convolution's weights, turned for the reading direction.
-        folded: ((3 + QB) * E) float32, what the biases of q and k and the projection of v become where keys and values
-            do not exist, else empty.
+        turned: (E) float32, Wk^T bq where there are no keys.
+        values: (QB, QB, E / QB) float32, the blocks of Wv where there are no values.
         matrices: (E / 32, 3, 32, 32), the projections.
         gate_matrices: (E / 32, 2, 32, BG), maps from c and a to the gates.
+        kinds: Kinds of columns a head: input gate, forget gate, and q.bk where there are no keys, but biases.
     """
 
     constant: Tensor
     taps: Tensor
-    folded: Tensor
+    turned: Tensor
+    values: Tensor
     matrices: Tensor
     gate_matrices: Tensor
+    kinds: int
 
 
 def _prepare(
-    shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype, folded: bool
+    shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype, folded: int
 ) -> tuple[MixWeights, dict[str, Tensor | None], Tensor]:
     """What `_mix` reads, the outer projections' weights in dtype and the normalised rows of x, all by one kernel."""
-    parts, gates = ceil_div(shape.inner, MIX_CHANNELS), gate_width(shape)
+    has_bias = weights['bq'] is not None
+    with_scores = folded == VALUES_AND_KEYS and has_bias
+    kinds = 3 if with_scores else 2
+    parts, gates = ceil_div(shape.inner, MIX_CHANNELS), gate_width(shape, kinds)
     taps = weights['conv_w'][0].numel()
     found = {name: weights[name] for name in LOWERED}
     lowered = {name: x for name, x in found.items() if x is not None and x.dtype != dtype}
     sizes = {name: lowered[name].numel() if name in lowered else 0 for name in LOWERED}
-    exact_sizes = [parts * gates, taps * shape.inner, (3 + shape.block) * shape.inner if folded else 0]
+    exact_sizes = [
+        parts * gates, taps * shape.inner, shape.inner if with_scores else 0, shape.block * shape.inner if folded else 0
+    ]  # fmt: skip
     exact = weights['wq'].new_empty(sum(exact_sizes), dtype=torch.float32)
-    constant, turned, folding = exact.split_with_sizes(exact_sizes)
+    constant, conv_w, turned, values = exact.split_with_sizes(exact_sizes)
     low = exact.new_empty(parts * MIX_CHANNELS * (3 * MIX_CHANNELS + 2 * gates) + sum(sizes.values()), dtype=dtype)
     matrices, gate_matrices, *copies = low.split_with_sizes(
         [parts * 3 * MIX_CHANNELS**2, parts * 2 * MIX_CHANNELS * gates, *sizes.values()]
@@ -156,29 +161,30 @@ def _prepare(
     others = 3 * parts + ceil_div(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(others + (0 if norm is None else ceil_div(count, height)),)](
         weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wi'], weights['wf'],
-        weights['conv_w'], constant, turned, folding, matrices, gate_matrices,
+        weights['conv_w'], constant, conv_w, turned, values, matrices, gate_matrices,
         *(lowered.get(name, matrices) for name in sizes), *copies, rows, rows if norm is None else norm,
         rows if bias is None else bias, normalised, *sizes.values(), parts, others, shape.inner,
-        count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, FOLDED=folded, QB=shape.block, HEADS=shape.heads,
-        HAS_BIAS=weights['bq'] is not None, NORM_BIAS=bias is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK,
+        count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, FOLDED=folded, SCORES=with_scores, QB=shape.block,
+        HEADS=shape.heads, HAS_BIAS=has_bias, NORM_BIAS=bias is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK,
         BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
-    return MixWeights(constant, turned, folding, matrices, gate_matrices), found, normalised
+    return MixWeights(constant, conv_w, turned, values, matrices, gate_matrices, kinds), found, normalised
 
 
 def _mix(
-    shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None], folded: bool
+    shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None], folded: int
 ) -> tuple[Tensor, ...]:
-    """The convolution's output, q, k, v (B, S, E) and shares (parts, B * S, 2 NH) of the gates.
+    """The convolution's output, q, k, v (B, S, E) and shares (parts, B * S, kinds * NH) of the gates.
 
-    Folded: c, Wk^T q, c again, a.
+    With values folded, c and a stand for the convolution's output and v; with keys, Wk^T q and c for q and k.
     """
-    parts, gates = ceil_div(shape.inner, MIX_CHANNELS), 2 * shape.heads
+    parts, gates = ceil_div(shape.inner, MIX_CHANNELS), mix.kinds * shape.heads
     pre, q = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(2))
-    k, v = (pre, a) if folded else (torch.empty_like(pre) for _ in range(2))
+    k = pre if folded == VALUES_AND_KEYS else torch.empty_like(pre)
+    v = a if folded else torch.empty_like(pre)
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
-    biases = [mix.folded] * 3 if folded else qkv_biases(weights)
+    biases = [mix.turned] * 3 if folded == VALUES_AND_KEYS else qkv_biases(weights)
     tensors = (
         a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices, *biases,
         pre, q, k, v, shares, shape.batch, shape.tokens,
@@ -186,7 +192,7 @@ def _mix(
     options = {
         'FOLDED': folded, 'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
         'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
-        'BG': gate_width(shape), 'num_warps': 1, 'num_stages': 1,
+        'BG': gate_width(shape, mix.kinds), 'num_warps': 1, 'num_stages': 1,
     }  # fmt: skip
     if shape.two_dimensional:
         rows, columns = shape.grid
@@ -206,14 +212,14 @@ def _mix(
 
 
 def _gates(
-    shape: BlockShape, cell: ModuleType, q: Tensor, shares: Tensor, constant: Tensor, weights: dict[str, Tensor | None]
+    shape: BlockShape, cell: ModuleType, q: Tensor, shares: Tensor, mix: MixWeights, weights: dict[str, Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of the gates' shares, (2, B, NH, S), and the quadratic cell's scans of them, where they are made here."""
-    gates = shares.new_empty(2, shape.batch, shape.heads, shape.tokens)
-    width = gate_width(shape)
-    parts = constant.numel() // width
-    tensors = shares, constant, weights['bi'], weights['bf'], gates
-    options = {'HEADS': shape.heads, 'BG': width, 'BN': next_power_of_two(shape.heads)}
+    """Sum of the gates' shares, (kinds, B, NH, S), and the quadratic cell's scans of them, where they are made here."""
+    gates = shares.new_empty(mix.kinds, shape.batch, shape.heads, shape.tokens)
+    width = gate_width(shape, mix.kinds)
+    parts = mix.constant.numel() // width
+    tensors = shares, mix.constant, weights['bi'], weights['bf'], gates
+    options = {'SCORES': mix.kinds > 2, 'HEADS': shape.heads, 'BG': width, 'BN': next_power_of_two(shape.heads)}
     if cell is triton_quadratic and shape.tokens <= SCAN_TOKENS and shape.heads <= SCAN_HEADS:
         (stats,) = cell.empty_saved(q)
         pitch = stats.shape[-1] // cell.BLOCK
@@ -240,36 +246,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(batch * tokens, heads * dim)
 
 
-def _folded_cell(
-    shape: BlockShape, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, mix: MixWeights, has_bias: bool
-) -> Tensor:
-    """The cell on what a folded `_mix` gives, (B, NH, S, DH); the rows' shares of bv end up in stats."""
-    heads, inner, dim = shape.heads, shape.inner, shape.inner // shape.heads
-    h = torch.empty_like(q)
-    alignment = math.gcd(dim, 8)
-    strides = [stride // alignment for stride in (shape.tokens * inner, dim, inner)]
-    v_strides = [stride // alignment for stride in (v.stride(0), dim, v.stride(1))]
-    pitch = stats.shape[-1] // triton_quadratic.BLOCK
-    first, second = head_pieces(dim)
-
-    def launch(tiles: Tiles) -> object:
-        return cell_kernels.folded_forward_kernel[(shape.batch * heads * ceil_div(shape.tokens, tiles.rows),)](
-            q, k, v, h, mix.folded, stats, *strides, *strides, *v_strides, *strides, shape.tokens, heads, pitch,
-            shape.batch * heads * pitch, int(shape.reverse), log_scale(dim), CELL_EPS, QKV_BIAS=has_bias, DH=dim,
-            DA=first, DB=second, BM=tiles.rows, BN=tiles.columns, SMALL=tiles.small, ALIGN=alignment,
-            PRECISION=dot_precision(q.dtype), **tiles.options(),
-        )  # fmt: skip
-
-    limits = device_limits(q.device)
-    launch_first_fitting(triton_quadratic.tile_candidates('forward', dim, q.element_size(), limits), launch)
-    return as_heads(h, heads)
-
-
 def _output(
-    shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, mix: MixWeights, stats: Tensor | None,
-    weights: dict[str, Tensor | None], folded: bool,
+    shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, mix: MixWeights, denominators: tuple[Tensor, Tensor],
+    weights: dict[str, Tensor | None], folded: int,
 ) -> Tensor:  # fmt: skip
-    """y (B, S, E). If folded, from what `_folded_cell` gives."""
+    """y (B, S, E). With values folded h is what the cell makes of a."""
     dim, count = shape.inner // shape.heads, shape.batch * shape.tokens
     y = torch.empty_like(pre)
     elements, warps, stages, held, held_folded = OUTPUT_TILE
@@ -277,20 +258,22 @@ def _output(
     held = held_folded if folded and width > FOLDED_WIDTH else held
     height = max(1, elements // width)
     steps = ceil_div(count * shape.heads, height * held * device_limits(y.device).multiprocessors)
-    bias, share = weights['head_b'], stats[triton_quadratic.NORMALISER_PLANE] if folded else mix.constant
+    bias = weights['head_b']
     norm_kernels.output_kernel[(ceil_div(count, height * steps), shape.heads)](
         as_rows(h), pre, z, z.stride(1), weights['head_w'], weights['head_w'] if bias is None else bias,
-        weights['skip'], mix.folded[3 * shape.inner :] if folded else pre, qkv_biases(weights)[2], share, y,
-        count, shape.tokens, shape.inner, share.shape[-1], int(shape.reverse), NORM_EPS, steps, FOLDED=folded,
+        weights['skip'], mix.values, qkv_biases(weights)[2], *denominators, y, count, shape.tokens, shape.inner,
+        denominators[0].shape[-1], int(shape.reverse), NORM_EPS, CELL_EPS, steps, FOLDED=folded > NOTHING,
         QKV_BIAS=weights['bq'] is not None, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
     return y
 
 
-def _folds(shape: BlockShape, cell: ModuleType) -> bool:
-    """Whether the cell can run on c and a, without keys and values, where there is no backward pass."""
-    return cell is triton_quadratic and shape.block == FOLDED_BLOCK and shape.inner // shape.heads % shape.block == 0
+def _folds(shape: BlockShape, cell: ModuleType) -> int:
+    """Which of keys and values need not exist where there is no backward pass."""
+    if shape.block != FOLDED_BLOCK or shape.inner // shape.heads % shape.block != 0:
+        return NOTHING
+    return VALUES_AND_KEYS if cell is triton_quadratic else VALUES
 
 
 def block_forward(
@@ -301,7 +284,7 @@ def block_forward(
     dtype: torch.dtype,
     scale: Tensor | None,
     keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
     """Run one block, or without a norm's weight its inner part alone.
 
     Args:
@@ -315,46 +298,46 @@ def block_forward(
 
     Returns:
         The new residual stream (of the inner part: its output in dtype), and for the backward pass: u (B, S, 2E), gates
-        (2, B, NH, S), h, the convolution's output, k, v (B, S, E), the cell's statistics.
+        (2, B, NH, S), h, the convolution's output, v (B, S, E), the cell's statistics.
     """
-    folded = not keep and _folds(shape, cell)
+    folded = NOTHING if keep else _folds(shape, cell)
     mix, lowered, normalised = _prepare(shape, x, weights, dtype, folded)
     u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
     u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
     pre, q, k, v, shares = _mix(shape, a, mix, weights, folded)
     heads = [as_heads(t, shape.heads) for t in (q, k, v)]
-    gates, stats = _gates(shape, cell, heads[0], shares, mix.constant, weights)
-    if folded:
-        if stats is None:
-            stats = triton_quadratic.scan_gates(heads[0], gates[0], gates[1], shape.reverse)
-        h, statistics = _folded_cell(shape, q, k, v, stats, mix, weights['bq'] is not None), (stats,)
-    else:
-        scanned = {} if stats is None else {'stats': stats}
-        h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS, **scanned)
-    y = _output(shape, h, pre, z, mix, stats, weights, folded)
+    gates, stats = _gates(shape, cell, heads[0], shares, mix, weights)
+    known = {'stats': stats, 'scores': gates[2] if mix.kinds > 2 else None} if cell is triton_quadratic else {}
+    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS, **known)
+    y = _output(shape, h, pre, z, mix, cell.denominators(statistics), weights, folded)
     if weights['norm_w'] is not None:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
     else:
         out = F.linear(y, lowered['down_w'], None if weights['down_b'] is None else weights['down_b'].to(dtype))
-    return out, u, gates, h, pre, k, v, statistics
+    return out, u, gates, h, pre, v, statistics
 
 
 def _down(shape: BlockShape, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, scale: Tensor | None) -> Tensor:
     """Down-projection of y (B, S, E), weighted by scale per image, added to the residual stream x (B, S, D)."""
-    if y.dtype == torch.float32 or x.shape[-1] > DOWN_MAX_DIMS:
-        branch = F.linear(y, weight, None if bias is None else bias.to(y.dtype))
-        return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1).to(x.dtype))
     out = torch.empty_like(x)
     rows, dims = shape.batch * shape.tokens, x.shape[-1]
+    others = weight if bias is None else bias, x, x if scale is None else scale, out, rows, shape.tokens
+    options = {'HAS_BIAS': bias is not None, 'HAS_SCALE': scale is not None}
+    if y.dtype == torch.float32 or dims > DOWN_MAX_DIMS:
+        width = next_power_of_two(dims)
+        height = max(1, SETTINGS['residual'][0] // width)
+        norm_kernels.residual_kernel[(ceil_div(rows, height),)](
+            F.linear(y, weight), *others, dims, **options, BM=height, BD=width, num_warps=SETTINGS['residual'][1]
+        )
+        return out
 
     def launch(tiles: Tiles) -> object:
         grid = (ceil_div(dims, tiles.columns), ceil_div(rows, tiles.rows))
         return gemm_kernels.down_kernel[grid](
-            y, weight, weight if bias is None else bias, x, x if scale is None else scale, out, rows, shape.tokens,
-            shape.inner, dims, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, BM=tiles.rows, BN=tiles.columns,
-            BK=64, PRECISION='ieee', **tiles.options(),
+            y, weight, *others, shape.inner, dims, **options, BM=tiles.rows, BN=tiles.columns, BK=64,
+            PRECISION='ieee', **tiles.options(),
         )  # fmt: skip
 
-    launch_first_fitting(DOWN_TILES if dims > 192 else DOWN_TILES[1:], launch)
+    launch_first_fitting(DOWN_TILES, launch)
     return out

@@ -1,8 +1,8 @@
 """Launchers of the fused ViL block's exact backward pass. Works on tensors, knows no modules.
 
 Everything is token-major and seen as rows of N = B * S tokens. Kept from the forward pass are the input, the
-up-projection's output, the gates, the convolution's output, keys, values and the cell's output with its statistics;
-the rest is computed again. Sums over tokens end in one kernel for all parameters.
+up-projection's output, the gates, the convolution's output, values and the cell's output with its statistics; the rest
+is computed again. Sums over tokens end in one kernel for all parameters.
 """
 
 from collections.abc import Sequence
@@ -147,19 +147,19 @@ class _Backward:
         images = ceil_div(batch, ceil_div(batch, images))  # as many at all times
         return height, strips, ceil_div(images * quads, GRID_TILE[0]), images
 
-    def queries(self, pre: Tensor) -> Tensor:
-        """q (N, E)."""
+    def queries_and_keys(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (N, E)."""
         shape, weights = self.shape, self.weights
         height, most, warps, stages, _ = self.flat_tiles['query']
         channels = _channels(shape, most)
         steps, programs = self._flat('query')
-        q = torch.empty_like(pre)
-        kernels.query_kernel[(self._parts(channels), programs)](
-            pre, weights['wq'], qkv_biases(weights)[0], q, self.count, shape.inner, steps, QB=shape.block,
-            HAS_BIAS=weights['bq'] is not None, PRECISION=dot_precision(self.dtype), BM=height, BC=channels,
-            STAGES=stages, num_warps=warps,
+        q, k = torch.empty_like(pre), torch.empty_like(pre)
+        kernels.query_key_kernel[(self._parts(channels), programs)](
+            pre, weights['wq'], weights['wk'], *qkv_biases(weights)[:2], q, k, self.count, shape.inner, steps,
+            QB=shape.block, HAS_BIAS=weights['bq'] is not None, PRECISION=dot_precision(self.dtype), BM=height,
+            BC=channels, STAGES=stages, num_warps=warps,
         )  # fmt: skip
-        return q
+        return q, k
 
     def output_gradients(
         self, branch: Tensor, down_w: Tensor, h: Tensor, pre: Tensor, dz: Tensor
@@ -307,7 +307,7 @@ class _Backward:
 
 def block_backward(
     shape: BlockShape, cell: ModuleType, dout: Tensor, x: Tensor, u: Tensor, gates: Tensor, h: Tensor, pre: Tensor,
-    k: Tensor, v: Tensor, statistics: Sequence[Tensor], weights: dict[str, Tensor | None], scale: Tensor | None,
+    v: Tensor, statistics: Sequence[Tensor], weights: dict[str, Tensor | None], scale: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Gradients of one block.
 
@@ -320,7 +320,6 @@ def block_backward(
         gates: Gates' pre-activations.
         h: Output of the cell.
         pre: Output of the convolution.
-        k: Keys.
         v: Values.
         statistics: What the cell keeps.
         weights: The block's parameters by short name.
@@ -335,8 +334,8 @@ def block_backward(
     du = torch.empty_like(run.u)
     da, dz = du.chunk(2, 1)
     dh, dc, products, ddown_w = run.output_gradients(branch, down_w, as_rows(h), pre, dz)
-    q = run.queries(pre)
-    heads = [as_heads(t.view(k.shape), shape.heads) for t in (dh, q)] + [as_heads(t, shape.heads) for t in (k, v)]
+    q, k = run.queries_and_keys(pre)
+    heads = [as_heads(t.view(v.shape), shape.heads) for t in (dh, q, k, v)]
     known = {'products': products} if cell is triton_quadratic else {}
     *dqkv, di, df = cell.backward(*heads, gates[0], gates[1], h, statistics, shape.reverse, CELL_EPS, **known)
     dq, dk, dv = (as_rows(t) for t in dqkv)

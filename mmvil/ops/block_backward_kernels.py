@@ -17,7 +17,7 @@ from .triton_gates import fast_sigmoid
 __all__ = [
     'finish_kernel',
     'mix_backward_kernel',
-    'query_kernel',
+    'query_key_kernel',
     'sum_kernel',
     'value_backward_kernel',
 ]
@@ -73,29 +73,33 @@ def _gate_gradients(di_ptr, df_ptr, n, N, S, HEADS: tl.constexpr, BG: tl.constex
 
 
 @triton.jit(do_not_specialize=['N', 'steps'])
-def query_kernel(
-    pre_ptr, wq_ptr, bq_ptr, q_ptr, N, E, steps,
+def query_key_kernel(
+    pre_ptr, wq_ptr, wk_ptr, bq_ptr, bk_ptr, q_ptr, k_ptr, N, E, steps,
     QB: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """q = Wq SiLU(pre) + bq."""
+    """q = Wq c + bq and k = Wk c + bk with c = SiLU(pre)."""
     part = tl.program_id(0)
     program = tl.program_id(1)
     channel = part * BC + tl.arange(0, BC)
     inside = channel < E
     dtype = pre_ptr.dtype.element_ty
     mq = _block_matrix(wq_ptr, part * BC, E, QB, BC).to(dtype)
-    bias = tl.zeros((BC,), tl.float32)
+    mk = _block_matrix(wk_ptr, part * BC, E, QB, BC).to(dtype)
+    bq, bk = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if HAS_BIAS:
-        bias += tl.load(bq_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        bq += tl.load(bq_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        bk += tl.load(bk_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         n = (program * steps + step) * BM + tl.arange(0, BM)
         mask = (n < N)[:, None] & inside[None, :]
         place = n.to(tl.int64)[:, None] * E + channel[None, :]
         pre = tl.load(pre_ptr + place, mask=mask, other=0.0).to(tl.float32)
         c = (pre * fast_sigmoid(pre)).to(dtype)
-        q = tl.dot(c, mq, input_precision=PRECISION) + bias[None, :]
+        q = tl.dot(c, mq, input_precision=PRECISION) + bq[None, :]
+        k = tl.dot(c, mk, input_precision=PRECISION) + bk[None, :]
         tl.store(q_ptr + place, q.to(dtype), mask=mask)
+        tl.store(k_ptr + place, k.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=['N', 'S', 'steps', 'pitch'])

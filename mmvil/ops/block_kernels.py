@@ -123,32 +123,28 @@ def _turned_bias(w_ptr, b_ptr, channel, E, QB: tl.constexpr):
 
 
 @triton.jit
-def _store_values(part, wv_ptr, folded_ptr, E, QB: tl.constexpr, BC: tl.constexpr):
-    """Write a part of the blocks of Wv, (QB, QB, E / QB), behind what `_store_biases` writes."""
+def _at_scores(value, channel, E, HEADS: tl.constexpr, BG: tl.constexpr):
+    """One number per channel in its head's column of scores, (BC, BG)."""
+    g = tl.arange(0, BG)[None, :]
+    return tl.where(g == (2 * HEADS + channel // (E // HEADS))[:, None], value[:, None], 0.0)
+
+
+@triton.jit
+def _store_values(part, wv_ptr, values_ptr, E, QB: tl.constexpr, BC: tl.constexpr):
+    """Write a part of the blocks of Wv, (QB, QB, E / QB)."""
     channel = part * BC + tl.arange(0, BC)
     exists = channel < E
-    place = folded_ptr + 3 * E + channel % QB * E + channel // QB
+    place = values_ptr + channel % QB * E + channel // QB
     for j in tl.static_range(QB):
         w = tl.load(wv_ptr + channel * QB + j, mask=exists, other=0.0).to(tl.float32)
         tl.store(place + j * (E // QB), w, mask=exists)
 
 
 @triton.jit
-def _store_biases(part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB: tl.constexpr, BC: tl.constexpr):
-    """Write a part of Wk^T bq, Wq^T bk and bq bk, the biases' shares of the scores; (3, E)."""
-    channel = part * BC + tl.arange(0, BC)
-    exists = channel < E
-    bq = tl.load(bq_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-    bk = tl.load(bk_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-    tl.store(folded_ptr + channel, _turned_bias(wk_ptr, bq_ptr, channel, E, QB), mask=exists)
-    tl.store(folded_ptr + E + channel, _turned_bias(wq_ptr, bk_ptr, channel, E, QB), mask=exists)
-    tl.store(folded_ptr + 2 * E + channel, bq * bk, mask=exists)
-
-
-@triton.jit
 def _store_exact(
     part, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS: tl.constexpr,
-    REVERSE: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    REVERSE: tl.constexpr, SCORES: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, BC: tl.constexpr,
+    BG: tl.constexpr,
 ):  # fmt: skip
     """Write a part's constant and taps."""
     channel = part * BC + tl.arange(0, BC)
@@ -161,18 +157,22 @@ def _store_exact(
         constant += _bias_share(bq_ptr, wi_ptr, wf_ptr, 0, channel, E, HEADS, BG)
         constant += _bias_share(bk_ptr, wi_ptr, wf_ptr, 1, channel, E, HEADS, BG)
         constant += _bias_share(bv_ptr, wi_ptr, wf_ptr, 2, channel, E, HEADS, BG)
+    if SCORES:
+        bq = tl.load(bq_ptr + channel, mask=channel < E, other=0.0).to(tl.float32)
+        bk = tl.load(bk_ptr + channel, mask=channel < E, other=0.0).to(tl.float32)
+        constant += _at_scores(bq * bk, channel, E, HEADS, BG)
     tl.store(taps_ptr + tap[:, None] * E + channel[None, :], value.to(tl.float32), mask=is_tap)
     tl.store(constant_ptr + part * BG + tl.arange(0, BG), tl.sum(constant, 0))
 
 
 @triton.jit(do_not_specialize=['rows', 'parts', 'others'])
 def prepare_kernel(
-    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, folded_ptr,
-    matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr, down_w_copy_ptr,
-    x_ptr, norm_w_ptr, norm_b_ptr, out_ptr, up_w_size, up_b_size, down_w_size, parts, others, E, rows, D, eps,
-    TAPS: tl.constexpr, REVERSE: tl.constexpr, FOLDED: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, NORM_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, BLOCK: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr,
+    wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, turned_ptr,
+    values_ptr, matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr,
+    down_w_copy_ptr, x_ptr, norm_w_ptr, norm_b_ptr, out_ptr, up_w_size, up_b_size, down_w_size, parts, others, E, rows,
+    D, eps, TAPS: tl.constexpr, REVERSE: tl.constexpr, FOLDED: tl.constexpr, SCORES: tl.constexpr, QB: tl.constexpr,
+    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, NORM_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Weights as the other kernels read them, and the norm, which does not depend on that and hides how long it takes.
 
@@ -180,9 +180,10 @@ def prepare_kernel(
     these in c and a: gate_matrix (parts, 2, BC, BG) maps c and a straight to the gates, constant (parts, BG) is what
     the projections' biases add. Rows and columns are in the order that `block_mix_kernels` reads, BC is 32. taps
     (TAPS, E): the convolution's weights, turned for the reading direction. The copies of the outer projections' weights
-    are in the activations' dtype. FOLDED: the first of the three matrices is Wk^T Wq, the others are not written, and
-    folded is what `_store_biases` and `_store_values` say. Three programs for each part of BC channels, `others` in all
-    with those that copy; the rest normalise BM rows of D each.
+    are in the activations' dtype. FOLDED from 1 on: Wv is not among the matrices, but its blocks are written to values,
+    (QB, QB, E / QB). FOLDED 2: in place of Wq and Wk there is Wk^T Wq; with SCORES turned (E) is Wk^T bq, and the maps
+    from c and the constants have HEADS columns more, for q.bk of each head. Three programs for each part of BC
+    channels, `others` in all with those that copy; the rest normalise BM rows of D each.
     """
     program = tl.program_id(0)
     if program >= others:
@@ -198,18 +199,19 @@ def prepare_kernel(
     elif program >= 2 * parts:
         part = program - 2 * parts
         _store_exact(
-            part, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS, REVERSE, HEADS,
-            HAS_BIAS, BC, BG,
+            part, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, E, TAPS, REVERSE, SCORES,
+            HEADS, HAS_BIAS, BC, BG,
         )  # fmt: skip
-        if FOLDED:
-            _store_values(part, wv_ptr, folded_ptr, E, QB, BC)
-            if HAS_BIAS:
-                _store_biases(part, wq_ptr, wk_ptr, bq_ptr, bk_ptr, folded_ptr, E, QB, BC)
+        if FOLDED > 0:
+            _store_values(part, wv_ptr, values_ptr, E, QB, BC)
+        if SCORES:
+            channel = part * BC + tl.arange(0, BC)
+            tl.store(turned_ptr + channel, _turned_bias(wk_ptr, bq_ptr, channel, E, QB), mask=channel < E)
     elif program >= parts:
         part = program - parts
         channel = part * BC + tl.arange(0, BC)
         gate = _fold_gates(wv_ptr, wi_ptr, wf_ptr, 2, channel, E, QB, HEADS, BG)
-        if not FOLDED:
+        if FOLDED == 0:
             _store_matrix(matrix_ptr, part, 2, _block_matrix(wv_ptr, part * BC, E, QB, BC), BC)
         _store_gate_matrix(gate_matrix_ptr, part, 1, gate, BC, BG)
     else:
@@ -217,7 +219,9 @@ def prepare_kernel(
         gate = _fold_gates(wq_ptr, wi_ptr, wf_ptr, 0, channel, E, QB, HEADS, BG)
         gate += _fold_gates(wk_ptr, wi_ptr, wf_ptr, 1, channel, E, QB, HEADS, BG)
         first = program * BC
-        if FOLDED:
+        if SCORES:
+            gate += _at_scores(_turned_bias(wq_ptr, bk_ptr, channel, E, QB), channel, E, HEADS, BG)
+        if FOLDED == 2:
             _store_matrix(matrix_ptr, program, 0, _folded_matrix(wq_ptr, wk_ptr, first, E, QB, BC), BC)
         else:
             _store_matrix(matrix_ptr, program, 0, _block_matrix(wq_ptr, first, E, QB, BC), BC)

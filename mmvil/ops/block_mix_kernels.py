@@ -95,11 +95,13 @@ def _matrix(ptr, part, which: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.conste
 
 @triton.jit
 def _matrices(ptr, part, FIRST: tl.constexpr, SIZE: tl.constexpr, FOLDED: tl.constexpr):
-    """`_matrix` of all three projections, or of the only one where they are folded."""
+    """`_matrix` of the three projections, one for the other where they are folded."""
     first = _matrix(ptr, part, 0, FIRST, SIZE)
     second, third = first, first
-    if not FOLDED:
-        second, third = _matrix(ptr, part, 1, FIRST, SIZE), _matrix(ptr, part, 2, FIRST, SIZE)
+    if FOLDED < 2:
+        second = _matrix(ptr, part, 1, FIRST, SIZE)
+    if FOLDED == 0:
+        third = _matrix(ptr, part, 2, FIRST, SIZE)
     return first, second, third
 
 
@@ -146,17 +148,17 @@ def _emit(
 ):  # fmt: skip
     """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S.
 
-    FOLDED: c takes the place of pre, and of the projections there is one, Wk^T (Wq c + bq).
+    FOLDED from 1 on: c takes the place of pre, and there is no v. FOLDED 2: nor k, and q is Wk^T (Wq c + bq).
     """
     dtype = pre_ptr.dtype.element_ty
     inside = _inside(channel, E, EVEN)
     has_even, has_odd = live_even[:, None] & inside, live_odd[:, None] & inside
     place = token[:, None] * E + channel[None, :]
-    if not FOLDED:  # c is that of the rounded value, which is all that the other kernels know
+    if FOLDED == 0:  # c is that of the rounded value, which is all that the other kernels know
         pre_even, pre_odd = pre_even.to(dtype), pre_odd.to(dtype)
         _put(pre_ptr, place, E, pre_even, pre_odd, has_even, has_odd)
     c_even, c_odd = _silu(pre_even.to(tl.float32)).to(dtype), _silu(pre_odd.to(tl.float32)).to(dtype)
-    if FOLDED:
+    if FOLDED > 0:
         _put(pre_ptr, place, E, c_even, c_odd, has_even, has_odd)
     c, a = _stack(c_even, c_odd, PAIRS), _stack(a_even, a_odd, PAIRS)
     c_rows, a_rows = _as_rows(c, 2 * PAIRS), _as_rows(a, 2 * PAIRS)
@@ -168,11 +170,12 @@ def _emit(
         c_rows, c_low, c_high, mq, mq_high, bq_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
     )
     _put(q_ptr, place, E, q_even, q_odd, has_even, has_odd)
-    if not FOLDED:
+    if FOLDED < 2:
         k_even, k_odd = _project(
             c_rows, c_low, c_high, mk, mk_high, bk_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
         )
         _put(k_ptr, place, E, k_even, k_odd, has_even, has_odd)
+    if FOLDED == 0:
         v_even, v_odd = _project(
             a_rows, a_low, a_high, mv, mv_high, bv_ptr, channel, E, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS
         )
@@ -212,7 +215,8 @@ def mix2d_kernel(
 ):  # fmt: skip
     """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates.
 
-    Shares are (parts, B * S, GATES). FOLDED: only c, in place of pre, Wk^T (Wq c + bq) in place of q, and the shares.
+    Shares are (parts, B * S, GATES). FOLDED from 1 on: c in place of pre and no v; FOLDED 2: nor k, and in place of q
+    Wk^T (Wq c + bq).
     A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Grid: strips * parts.
     """
     part = tl.program_id(0) % parts

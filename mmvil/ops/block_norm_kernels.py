@@ -1,4 +1,4 @@
-"""Device code at both ends of a ViL block: the norm before it, and head norm, skip and gate after the mLSTM cell.
+"""Device code at both ends of a ViL block: the norm before it; head norm, skip and gate after the cell; the residual.
 
 x   (B, S, D)       residual stream
 z   (B, S, E)       second half of the up-projection
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .triton_gates import fast_sigmoid
 
-__all__ = ['normalise', 'output_kernel']
+__all__ = ['normalise', 'output_kernel', 'residual_kernel']
 
 
 @triton.jit
@@ -75,14 +75,15 @@ def _through_blocks(x, weights, BM: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit(do_not_specialize=['N', 'S', 'pitch', 'reverse', 'steps'])
 def output_kernel(
-    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, wv_ptr, bv_ptr, share_ptr, y_ptr, N, S, E, pitch, reverse,
-    eps, steps, FOLDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, DH: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
+    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, wv_ptr, bv_ptr, normaliser_ptr, stabiliser_ptr, y_ptr,
+    N, S, E, pitch, reverse, eps, cell_eps, steps, FOLDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = ((1 + w) * norm(h) + b + skip * c) * SiLU(z) for `steps` times BM of the N = B * S tokens, and one head.
 
     pre holds what c is the SiLU of. FOLDED: it holds c, and h is what the blocks of Wv, (4, 4, E / 4), and bv times the
-    row's share (B * NH, pitch), in reading order, make of it.
+    sum of the row's weights make of it, n over the cell's denominator, of normaliser and stabiliser (B * NH, pitch) in
+    reading order.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)
@@ -118,8 +119,11 @@ def output_kernel(
                 image = n // S
                 t = n - image * S
                 position = tl.where(reverse != 0, S - 1 - t, t)
-                share = share_ptr + (image.to(tl.int64) * tl.num_programs(1) + head) * pitch + position
-                h += tl.load(share, mask=n < N, other=0.0)[:, None] * bv[None, :]
+                position += (image.to(tl.int64) * tl.num_programs(1) + head) * pitch
+                normaliser = tl.load(normaliser_ptr + position, mask=n < N, other=0.0)
+                floor = tl.exp(-tl.load(stabiliser_ptr + position, mask=n < N, other=0.0))
+                share = normaliser / (tl.maximum(tl.abs(normaliser), floor) + cell_eps)
+                h += share[:, None] * bv[None, :]
         else:
             c *= fast_sigmoid(c)
         mean = tl.sum(h, 1) / DH
@@ -128,3 +132,22 @@ def output_kernel(
         inner = centred * rstd[:, None] * w[None, :] + bias[None, :] + skip[None, :] * c
         y = inner * (z * fast_sigmoid(z))
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['rows', 'S'])
+def residual_kernel(
+    branch_ptr, b_ptr, x_ptr, scale_ptr, out_ptr, rows, S, D, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out = x + scale * (branch + b) for BM rows of D, in float32; scale per image of S rows."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = tl.arange(0, BD)
+    mask = (row < rows)[:, None] & (col < D)[None, :]
+    place = row.to(tl.int64)[:, None] * D + col[None, :]
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        branch += tl.load(b_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        branch *= tl.load(scale_ptr + row // S, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + place, (x + branch).to(out_ptr.dtype.element_ty), mask=mask)

@@ -101,7 +101,7 @@ def vil_block_fwd(
 
     Returns:
         The new residual stream (the inner part's output in dtype), and after it what the backward pass needs: u, gates,
-        h, the convolution's output, k, v and the cell's statistics.
+        h, the convolution's output, v and the cell's statistics.
     """
     return _forward(x, tuple(names.split()), weights, scale, (rows, columns, heads, reverse), dtype)
 
@@ -127,7 +127,7 @@ def _(
     shape = _launchers().BlockShape(
         batch, (rows, columns), heads, inner, named['wq'].shape[-1], named['conv_w'].dim() == 4, reverse
     )
-    kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(3)]
+    kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(2)]
     out = torch.empty_like(x, dtype=x.dtype if 'norm_w' in named else dtype)
     return [out, u, gates, empty_rows_like(q), *kept, *_cell(shape, trains=True).empty_saved(q)]
 
@@ -260,11 +260,11 @@ def _run_backward(
     dout, x, *rest = tensors
     named, rest = _named(names, rest), rest[len(names) :]
     scale = rest.pop(0) if scaled else None
-    u, gates, h, pre, k, v, *statistics = rest
+    u, gates, h, pre, v, *statistics = rest
     shape = _shape(x, named, rows, columns, heads, reverse)
     try:
         dx, gradients = _backward_launchers().block_backward(
-            shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, k, v, tuple(statistics), named, scale
+            shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, v, tuple(statistics), named, scale
         )
     except Exception as error:
         if is_compile_failure(error):  # the plain modules would need activations that are gone by now

@@ -20,6 +20,7 @@ __all__ = [
     'Tiles',
     'backward',
     'choose_tiles',
+    'denominators',
     'empty_saved',
     'forward',
     'shared_memory_needed',
@@ -299,6 +300,12 @@ def empty_saved(q: Tensor, tiles: Tiles | None = None) -> Saved:
         stabiliser=q.new_empty((total, length), dtype=torch.float32),
         normaliser=q.new_empty((total, length), dtype=torch.float32),
     )
+
+
+def denominators(saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Normaliser and stabiliser of each row, (B * NH, S), in reading order, of what `forward` kept."""
+    saved = Saved(*saved)
+    return saved.normaliser, saved.stabiliser
 
 
 def forward(

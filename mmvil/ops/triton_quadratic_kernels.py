@@ -225,14 +225,18 @@ def hidden_rows(
 
 @triton.jit
 def forward_tile(
-    q, q_step, k, k_step, v, v_step, h, h_step, stats, plane, S, first, log_scale, eps,
-    DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
+    WITH_E: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`hidden_rows`, written to h, and n."""
     i = first + tl.arange(0, BM)
     q_a, q_b = load_rows(q, q_step, i, S, DH, DA, DB)
+    e = 0.0
+    if WITH_E:
+        e = tl.load(scores + tl.where(reverse != 0, S - 1 - i, i), mask=i < S, other=0.0)
     h_a, h_b, n, _ = hidden_rows(
-        q_a, q_b, 0.0, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, False, DH, DA, DB, BM, BN,
+        q_a, q_b, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, WITH_E, DH, DA, DB, BM, BN,
         PRECISION,
     )  # fmt: skip
     tl.store(stats + NORMALISER * plane + i, n, mask=i < S)
@@ -246,15 +250,16 @@ def forward_tile(
     ]
 )  # fmt: skip
 def quadratic_forward_kernel(
-    q, k, v, h, stats,
+    q, k, v, h, scores, stats,
     q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, h_sb, h_sh, h_ss,
-    S, NH, pitch, plane, reverse, log_scale, eps,
+    S, NH, pitch, plane, reverse, log_scale, eps, WITH_E: tl.constexpr,
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SMALL: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """H and the normaliser n for one tile of BM queries. Grid: B * NH * ceil(S / BM), long rows first.
 
-    A last tile of at most SMALL rows (0: never) is computed as SMALL rows: 196 = 3 * 64 + 4.
+    A last tile of at most SMALL rows (0: never) is computed as SMALL rows: 196 = 3 * 64 + 4. scores (B * NH, S)
+    float32, in token order: if WITH_E added to all products q_i.k_j of query i.
     """
     tiles = tl.cdiv(S, BM)
     index = tl.program_id(0) // tiles
@@ -263,21 +268,22 @@ def quadratic_forward_kernel(
     k, k_step = head_start(k, index, NH, S, k_sb, k_sh, k_ss, reverse, ALIGN)
     v, v_step = head_start(v, index, NH, S, v_sb, v_sh, v_ss, reverse, ALIGN)
     h, h_step = head_start(h, index, NH, S, h_sb, h_sh, h_ss, reverse, ALIGN)
+    scores += index.to(tl.int64) * S
     stats += index.to(tl.int64) * pitch * BLOCK
     plane = plane.to(tl.int64) * BLOCK
     if SMALL > 0:
         if S - first <= SMALL:
             forward_tile(
-                q, q_step, k, k_step, v, v_step, h, h_step, stats, plane, S, first, log_scale, eps,
-                DH, DA, DB, SMALL, BN, PRECISION,
+                q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
+                WITH_E, DH, DA, DB, SMALL, BN, PRECISION,
             )  # fmt: skip
         else:
             forward_tile(
-                q, q_step, k, k_step, v, v_step, h, h_step, stats, plane, S, first, log_scale, eps,
-                DH, DA, DB, BM, BN, PRECISION,
+                q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
+                WITH_E, DH, DA, DB, BM, BN, PRECISION,
             )  # fmt: skip
     else:
         forward_tile(
-            q, q_step, k, k_step, v, v_step, h, h_step, stats, plane, S, first, log_scale, eps,
-            DH, DA, DB, BM, BN, PRECISION,
+            q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
+            WITH_E, DH, DA, DB, BM, BN, PRECISION,
         )  # fmt: skip

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmvil.models import ViLBlock, ViLLayer, VisionLSTM
 from mmvil.models.block import _try_fused
-from mmvil.models.fused import give_up_fused, run_fused, why_not_fused
+from mmvil.models.fused import fused_weights, give_up_fused, run_fused, why_not_fused
+from mmvil.ops import block_op
 from mmvil.ops.flops import count_as
 from mmvil.ops.triton_launch import interpreting
 
@@ -19,7 +20,9 @@ on_kernels = pytest.mark.skipif(
 )
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 FULL_WIDTH = pytest.mark.parametrize(
-    ('dims', 'grid'), [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32))], ids=['T', 'S', 'B', 'T-512px']
+    ('dims', 'grid'),
+    [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32)), (384, (19, 23)), (192, (34, 38))],
+    ids=['T', 'S', 'B', 'T-512px', 'S-long', 'T-chunkwise'],
 )
 
 
@@ -317,6 +320,33 @@ def test_inference_without_keys_and_values(
     block = trained_like(ViLBlock(dims, reverse, **options))
     assert inference_error(block, grid, torch.float32) < 1e-5
     assert inference_error(block, grid, torch.float16) < 3e-3
+
+
+@on_kernels
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('options', [{}, {'proj_bias': False}, V1], ids=['2d', 'no-bias', 'v1'])
+def test_chunkwise_inference_without_values(
+    options: dict, reverse: bool, monkeypatch: pytest.MonkeyPatch, nan_filled_empty: None
+) -> None:
+    """Long sequences have keys, but values still meet the cell's output."""
+    monkeypatch.setattr(block_op, 'choose_form', lambda *_: 'chunkwise')
+    torch.manual_seed(0)
+    block = trained_like(ViLBlock(24, reverse, **options))
+    assert inference_error(block, (15, 19), torch.float32) < 1e-5
+    assert inference_error(block, (15, 19), torch.float16) < 3e-3
+
+
+@on_kernels
+def test_what_is_kept_for_the_backward_pass() -> None:
+    """Besides the input: five tensors of E channels a token, and numbers a head."""
+    dims, grid = 48, (6, 7)
+    block, tokens = ViLBlock(dims).to(DEVICE), grid[0] * grid[1]
+    x = torch.randn(2, tokens, dims, device=DEVICE)
+    weights = {name: weight.detach() for name, weight in fused_weights(block).items()}
+    sizes = (*grid, 4, False)
+    _, *kept = torch.ops.mmvil.vil_block_fwd(x, list(weights.values()), ' '.join(weights), None, *sizes, x.dtype)
+    wide = sorted(t.numel() for t in kept if t.numel() >= 2 * tokens * 2 * dims)
+    assert wide == [2 * tokens * 2 * dims] * 3 + [2 * tokens * 4 * dims]
 
 
 @on_kernels
