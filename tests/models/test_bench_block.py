@@ -26,7 +26,7 @@ def test_settings_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_quadratic.STORED_TILES['matrix'] == (Tiles(64, 32, 4, 2, 16),)
 
 
-@pytest.mark.parametrize('text', ['block.NOTHING=1', 'block.SETTINGS()=1', 'block.block_forward.x=1'])
+@pytest.mark.parametrize('text', ['block.NOWHERE=1', 'block.SETTINGS()=1', 'block.block_forward.x=1'])
 def test_other_targets_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r'a name or a place in a table of mmvil\.ops\.block'):
         bench.assign(text)
