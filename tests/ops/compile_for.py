@@ -32,13 +32,13 @@ def shared_memory(name: str, tiles: Tiles, capability: int, dtype: str, dim: int
     constants |= {'BM': tiles.rows, 'BN': tiles.columns}
     if name in ('forward', 'query'):
         constants['SMALL'] = tiles.small
-        constants |= {'WITH_H': True} if name == 'query' else {}
+        constants |= {'WITH_H': True} if name == 'query' else {'WITH_E': True}
     else:
         joint = first + second <= triton_quadratic.JOINT_KEY_COLUMNS
         constants |= {'WITH_K': name == 'key', 'WITH_V': name == 'value' or joint}
     signature = dict.fromkeys(function.arg_names, 'i32')
     signature |= {key: f'*{dtype}' for key in ROWS if key in signature}
-    signature |= {key: '*fp32' for key in ('products', 'stats', 'rows') if key in signature}
+    signature |= {key: '*fp32' for key in ('products', 'scores', 'stats', 'rows') if key in signature}
     signature |= {key: 'fp32' for key in ('log_scale', 'eps') if key in signature}
     signature |= dict.fromkeys(constants, 'constexpr')
     aligned = {(i,): [['tt.divisibility', 16]] for i, key in enumerate(signature) if signature[key][0] == '*'}
