@@ -46,11 +46,9 @@ KERNEL_BYTES = {
     'output_kernel': 4 * 4,
     'down_kernel': 4 + 4 + 4,
     'residual_kernel': 2 + 4 + 4,
-    'branch_kernel': 4 + 2,
     'output_backward_kernel': 8 * 4,
     'query_key_kernel': 3 * 4,
     'query_gradient_kernel': 6 * 4,
-    'row_kernel': 2 * 4,
     'matrix_kernel': 4 * 4,  # and matrices, below
     'matrix_gradient_kernel': 3 * 4,  # on average of one launch for dq and one for dk and dv
     'mix_backward_kernel': 5 * 4,

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mmvil.ops import triton_chunkwise, triton_quadratic
 from mmvil.ops.block_op import WEIGHTS
+from mmvil.ops.triton_chunkwise_tiles import shared_memory_needed, tile_candidates
 from mmvil.ops.triton_launch import DeviceLimits, head_pieces, launch_first_fitting
 
 FORMS = ('chunkwise', 'quadratic', 'block')
@@ -249,8 +250,8 @@ def compile_only(capability: int, problems: list[str]) -> Callable:
 def compile_chunkwise(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits: DeviceLimits) -> None:
     """Compile every tile setting of the chunkwise form that the card has the shared memory for."""
     dim, dtype = dh.shape[-1], dh.dtype
-    for tiles in triton_chunkwise.tile_candidates(dim, dtype):
-        if triton_chunkwise.shared_memory_needed(tiles, dim, dtype) <= limits.shared_memory:
+    for tiles in tile_candidates(dim, dtype):
+        if shared_memory_needed(tiles, dim, dtype) <= limits.shared_memory:
             print(f' {tiles}')
             h, saved = triton_chunkwise.forward(*inputs, True, 1e-6, tiles)
             triton_chunkwise.backward(dh, *inputs, h, saved, True, 1e-6, tiles)

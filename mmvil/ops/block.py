@@ -52,7 +52,7 @@ NOTHING, VALUES, VALUES_AND_KEYS = range(3)
 """What of the projections is folded into its neighbours and does not exist."""
 LOWERED = ('up_w', 'up_b', 'down_w')
 # Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken; above
-# that cuBLAS and an addition are faster.
+# that cuBLAS and an addition are faster (`bench_block.py --set block.DOWN_MAX_DIMS=1024`).
 DOWN_TILES = (Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
 DOWN_MAX_DIMS = 256
 # Elements or tokens of a tile, warps; 'mix_rows' are the steps of a mixing program over a grid and over a sequence.
@@ -100,7 +100,7 @@ class BlockShape:
 
 
 def gate_width(shape: BlockShape, kinds: int = 2) -> int:
-    """Columns of a tile of gates, or of three kinds of columns a head."""
+    """Columns of a tile with `kinds` columns a head: the two gates, or these and the scores."""
     return max(16, next_power_of_two(kinds * shape.heads))
 
 
@@ -327,7 +327,7 @@ def _down(shape: BlockShape, y: Tensor, weight: Tensor, bias: Tensor | None, x: 
     if y.dtype == torch.float32 or dims > DOWN_MAX_DIMS:
         width = next_power_of_two(dims)
         height = max(1, SETTINGS['residual'][0] // width)
-        norm_kernels.residual_kernel[(ceil_div(rows, height),)](
+        gemm_kernels.residual_kernel[(ceil_div(rows, height),)](
             F.linear(y, weight), *others, dims, **options, BM=height, BD=width, num_warps=SETTINGS['residual'][1]
         )
         return out

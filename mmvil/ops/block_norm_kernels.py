@@ -1,4 +1,4 @@
-"""Device code at both ends of a ViL block: the norm before it; head norm, skip and gate after the cell; the residual.
+"""Device code at both ends of a ViL block: the norm before it, and head norm, skip and gate after the mLSTM cell.
 
 x   (B, S, D)       residual stream
 z   (B, S, E)       second half of the up-projection
@@ -10,9 +10,9 @@ y   (B, S, E)       (norm(h) + skip * c) * SiLU(z)
 import triton
 import triton.language as tl
 
-from .triton_gates import fast_sigmoid
+from .triton_gates import fast_sigmoid, inverse_denominator
 
-__all__ = ['normalise', 'output_kernel', 'residual_kernel']
+__all__ = ['normalise', 'output_kernel']
 
 
 @triton.jit
@@ -121,9 +121,9 @@ def output_kernel(
                 position = tl.where(reverse != 0, S - 1 - t, t)
                 position += (image.to(tl.int64) * tl.num_programs(1) + head) * pitch
                 normaliser = tl.load(normaliser_ptr + position, mask=n < N, other=0.0)
-                floor = tl.exp(-tl.load(stabiliser_ptr + position, mask=n < N, other=0.0))
-                share = normaliser / (tl.maximum(tl.abs(normaliser), floor) + cell_eps)
-                h += share[:, None] * bv[None, :]
+                stabiliser = tl.load(stabiliser_ptr + position, mask=n < N, other=0.0)
+                inverse, _ = inverse_denominator(normaliser, stabiliser, cell_eps)
+                h += (normaliser * inverse)[:, None] * bv[None, :]
         else:
             c *= fast_sigmoid(c)
         mean = tl.sum(h, 1) / DH
@@ -132,22 +132,3 @@ def output_kernel(
         inner = centred * rstd[:, None] * w[None, :] + bias[None, :] + skip[None, :] * c
         y = inner * (z * fast_sigmoid(z))
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=['rows', 'S'])
-def residual_kernel(
-    branch_ptr, b_ptr, x_ptr, scale_ptr, out_ptr, rows, S, D, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """out = x + scale * (branch + b) for BM rows of D, in float32; scale per image of S rows."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    col = tl.arange(0, BD)
-    mask = (row < rows)[:, None] & (col < D)[None, :]
-    place = row.to(tl.int64)[:, None] * D + col[None, :]
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    branch = tl.load(branch_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        branch += tl.load(b_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
-    if HAS_SCALE:
-        branch *= tl.load(scale_ptr + row // S, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + place, (x + branch).to(out_ptr.dtype.element_ty), mask=mask)

@@ -19,12 +19,12 @@ import triton.language as tl
 from .triton_chunkwise_states import (
     clamped_exp,
     head_start,
-    inverse_denominator,
     load_columns,
     load_rows,
     row_start,
     store_rows,
 )
+from .triton_gates import inverse_denominator
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 OUTPUT = tl.constexpr(0)

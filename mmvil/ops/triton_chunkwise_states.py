@@ -22,14 +22,12 @@ factors <= 1 and need no rescaling.
 import triton
 import triton.language as tl
 
-from .triton_gates import larger, log_sigmoid
+from .triton_gates import inverse_denominator, larger, log_sigmoid
 
 NEGLIGIBLE = tl.constexpr(-1e30)
 """Stands for minus infinity: differences with it stay finite in float64, and exp of them is 0."""
 GATE_FLOOR = tl.constexpr(-1e5)
 """Lowest log gate: a gate of -inf forgets everything without leaving the numbers."""
-LARGEST_EXPONENT = tl.constexpr(88.2)
-"""exp of more leaves float32; h is 0 where the denominator would."""
 BORDER_BLOCK = tl.constexpr(256)
 """Tiles looked at together when the gates of earlier tiles are summed."""
 
@@ -148,14 +146,6 @@ def store_rows(base, rows, columns, step, rows_left, values, DH: tl.constexpr):
     """Write [rows, columns] of a tile whose first row is at base, in base's dtype."""
     mask = (rows[:, None] < rows_left) & (columns[None, :] < DH)
     tl.store(base + rows[:, None] * step + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def inverse_denominator(normaliser, stabiliser, eps):
-    """Compute 1 / (max(|n|, exp(-m)) + eps), 0 where exp(-m) overflows; and whether |n| is the larger."""
-    floor = tl.exp(tl.minimum(-stabiliser, LARGEST_EXPONENT))
-    inverse = 1.0 / (tl.maximum(tl.abs(normaliser), floor) + eps)
-    return tl.where(-stabiliser > LARGEST_EXPONENT, 0.0, inverse), tl.abs(normaliser) > floor
 
 
 @triton.jit

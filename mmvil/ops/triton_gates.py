@@ -6,6 +6,8 @@ import triton.language as tl
 from .triton_launch import interpreting
 
 ON_DEVICE = tl.constexpr(not interpreting())
+LARGEST_EXPONENT = tl.constexpr(88.2)
+"""exp of more leaves float32; h is 0 where the denominator would."""
 
 
 @triton.jit
@@ -32,6 +34,14 @@ def log_sigmoid(x):
     series = series * square + 1.0 / 3.0
     series = series * square + 1.0
     return tl.minimum(x, 0.0) - 2.0 * ratio * series
+
+
+@triton.jit
+def inverse_denominator(normaliser, stabiliser, eps):
+    """Compute 1 / (max(|n|, exp(-m)) + eps), 0 where exp(-m) overflows; and whether |n| is the larger."""
+    floor = tl.exp(tl.minimum(-stabiliser, LARGEST_EXPONENT))
+    inverse = 1.0 / (tl.maximum(tl.abs(normaliser), floor) + eps)
+    return tl.where(-stabiliser > LARGEST_EXPONENT, 0.0, inverse), tl.abs(normaliser) > floor
 
 
 @triton.jit

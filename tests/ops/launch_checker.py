@@ -21,7 +21,7 @@ COUNTS = {'compiled': 0, 'all': 0, 'from tapes': 0}
 NAMES: list[str] = []
 # By what runs: the first size and ten or more others, as (batch, rows, columns). One and multiples of 16 are what
 # Triton would compile anew for. Up to 256 tokens one kernel scans the gates and the backward pass stores matrices;
-# above 1,152 the chunkwise form runs, in inference too.
+# above 1,024 the chunkwise form runs in training, above 1,152 in inference too.
 SIZES = {
     'block': [
         (2, 14, 14),
@@ -32,6 +32,11 @@ SIZES = {
         (2, 17, 19),
         (1, 17, 19), (1, 16, 17), (1, 32, 32), (3, 20, 30), (1, 18, 18), (2, 19, 29), (16, 17, 17), (1, 1, 257),
         (1, 512, 1), (1, 24, 32),
+    ],
+    'border block': [
+        (2, 33, 33),
+        (1, 33, 33), (1, 1, 1025), (16, 33, 32), (1, 32, 36), (3, 29, 38), (2, 1, 1040), (5, 33, 34), (1, 1152, 1),
+        (2, 34, 32), (1, 31, 35),
     ],
     'chunkwise block': [
         (2, 36, 36),

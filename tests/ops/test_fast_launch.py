@@ -58,7 +58,9 @@ def test_every_launch_of_the_launchers_fits_its_kernel(checked: dict) -> None:
 
 
 @needs_known_triton
-@pytest.mark.parametrize('kind', ['block', 'long block', 'chunkwise block', 'quadratic', 'long quadratic', 'chunkwise'])
+@pytest.mark.parametrize(
+    'kind', ['block', 'long block', 'border block', 'chunkwise block', 'quadratic', 'long quadratic', 'chunkwise']
+)
 def test_ten_batch_and_image_sizes_compile_nothing(kind: str, checked: dict) -> None:
     """Both forms of the operator; blocks of both versions and directions, in training and inference."""
     assert checked['sizes'][kind] == []

@@ -8,7 +8,7 @@ import torch
 
 from mmvil.ops import custom_op, selfcheck
 from mmvil.ops.custom_op import FORMS
-from mmvil.ops.triton_chunkwise import tile_candidates
+from mmvil.ops.triton_chunkwise_tiles import tile_candidates
 
 CPU = torch.device('cpu')
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')  # asked before the fixture below hides it

@@ -7,7 +7,16 @@ from torch import Tensor
 from mmvil.ops import triton_chunkwise
 from mmvil.ops.chunkwise import mlstm_chunkwise
 from mmvil.ops.custom_op import mlstm_triton
-from mmvil.ops.triton_chunkwise import Pieces, ProductTiles, ScanTiles, StateTiles, Tiles
+from mmvil.ops.triton_chunkwise_tiles import (
+    Pieces,
+    ProductTiles,
+    ScanTiles,
+    StateTiles,
+    Tiles,
+    choose_tiles,
+    shared_memory_needed,
+    tile_candidates,
+)
 from mmvil.ops.triton_launch import DeviceLimits, device_limits
 from tests.golden import assert_close, golden_arrays, golden_names
 
@@ -169,8 +178,8 @@ def test_nothing_is_read_behind_the_states(reverse: bool, device: torch.device) 
 def test_smallest_tiles_fit_small_cards(dtype: torch.dtype) -> None:
     for dim in range(1, 513):
         for shared in (64 * 1024, 99 * 1024, 227 * 1024):
-            tiles = triton_chunkwise.choose_tiles(dim, dtype, DeviceLimits((8, 6), shared, 1))
-            assert triton_chunkwise.shared_memory_needed(tiles, dim, dtype) <= shared
+            tiles = choose_tiles(dim, dtype, DeviceLimits((8, 6), shared, 1))
+            assert shared_memory_needed(tiles, dim, dtype) <= shared
             for kernel in (tiles.output, tiles.gradient):
                 assert (kernel.pieces.wide + kernel.pieces.narrow) * kernel.pieces.split >= dim
             for kernel in (tiles.state, tiles.state_gradient):
@@ -186,8 +195,8 @@ def test_every_tile_setting_on_gpu(dim: int, dtype: torch.dtype) -> None:
     for reverse in (False, True):
         inputs, dh = make_inputs((2, 2, 613, dim), dtype, 'cuda', token_major=reverse)
         reference = expected(inputs, dh, reverse)
-        for tiles in triton_chunkwise.tile_candidates(dim, dtype):
-            if triton_chunkwise.shared_memory_needed(tiles, dim, dtype) > device_limits(inputs[0].device).shared_memory:
+        for tiles in tile_candidates(dim, dtype):
+            if shared_memory_needed(tiles, dim, dtype) > device_limits(inputs[0].device).shared_memory:
                 continue
             actual = run(inputs, dh, reverse, tiles)
             assert_all_close(actual, reference, TOLERANCE[dtype])
