@@ -218,6 +218,8 @@ class VisionLSTM(BaseModule):
 
     def _format_output(self, tokens: Tensor, grid: tuple[int, int], index: int) -> Tensor:
         """Turn the tokens after sub-block `index` into the wanted kind of output."""
+        if self.out_type.startswith('bilateral'):
+            tokens = tokens[:, :: max(tokens.shape[1] - 1, 1)]  # the first and the last: no other needs a norm
         if self.norm is not None and index == self.num_layers - 1:
             tokens = self.norm(tokens)
         if self.out_type == 'raw':

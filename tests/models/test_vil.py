@@ -191,6 +191,15 @@ def test_out_types_are_functions_of_the_tokens(out_type: str) -> None:
     assert model.out_channels == output.shape[2 if out_type == 'raw' else 1]
 
 
+@pytest.mark.parametrize('out_type', ['bilateral_concat', 'bilateral_avg', 'avg'])
+def test_a_single_token_is_the_first_and_the_last(out_type: str) -> None:
+    model, raw = random_backbone(out_type=out_type, pool_norm=False), random_backbone(out_type='raw')
+    raw.load_state_dict(model.state_dict())
+    x = images(2, 3, 8, 8)
+    expected = raw(x)[0].repeat(1, 1, 2 if out_type == 'bilateral_concat' else 1)
+    assert torch.allclose(model(x)[0], expected.flatten(1), rtol=0, atol=1e-13)
+
+
 @VERSIONS
 @pytest.mark.parametrize('out_type', ['bilateral_concat', 'bilateral_avg', 'avg'])
 def test_pool_norm(version: str, out_type: str) -> None:
