@@ -247,7 +247,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def _output(
-    shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, mix: MixWeights, denominators: tuple[Tensor, Tensor],
+    shape: BlockShape, h: Tensor, pre: Tensor, z: Tensor, mix: MixWeights, sums: Tensor,
     weights: dict[str, Tensor | None], folded: int,
 ) -> Tensor:  # fmt: skip
     """y (B, S, E). With values folded h is what the cell makes of a."""
@@ -261,8 +261,8 @@ def _output(
     bias = weights['head_b']
     norm_kernels.output_kernel[(ceil_div(count, height * steps), shape.heads)](
         as_rows(h), pre, z, z.stride(1), weights['head_w'], weights['head_w'] if bias is None else bias,
-        weights['skip'], mix.values, qkv_biases(weights)[2], *denominators, y, count, shape.tokens, shape.inner,
-        denominators[0].shape[-1], int(shape.reverse), NORM_EPS, CELL_EPS, steps, FOLDED=folded > NOTHING,
+        weights['skip'], mix.values, qkv_biases(weights)[2], sums, y, count, shape.tokens, shape.inner,
+        sums.shape[-1], int(shape.reverse), NORM_EPS, steps, FOLDED=folded > NOTHING,
         QKV_BIAS=weights['bq'] is not None, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width, STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
@@ -309,8 +309,8 @@ def block_forward(
     heads = [as_heads(t, shape.heads) for t in (q, k, v)]
     gates, stats = _gates(shape, cell, heads[0], shares, mix, weights)
     known = {'stats': stats, 'scores': gates[2] if mix.kinds > 2 else None} if cell is triton_quadratic else {}
-    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS, **known)
-    y = _output(shape, h, pre, z, mix, cell.denominators(statistics), weights, folded)
+    h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS, sums=folded > NOTHING, **known)
+    y = _output(shape, h, pre, z, mix, cell.row_sums(statistics), weights, folded)
     if weights['norm_w'] is not None:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
     else:

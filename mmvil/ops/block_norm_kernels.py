@@ -10,7 +10,7 @@ y   (B, S, E)       (norm(h) + skip * c) * SiLU(z)
 import triton
 import triton.language as tl
 
-from .triton_gates import fast_sigmoid, inverse_denominator
+from .triton_gates import fast_sigmoid
 
 __all__ = ['normalise', 'output_kernel']
 
@@ -75,15 +75,14 @@ def _through_blocks(x, weights, BM: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit(do_not_specialize=['N', 'S', 'pitch', 'reverse', 'steps'])
 def output_kernel(
-    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, wv_ptr, bv_ptr, normaliser_ptr, stabiliser_ptr, y_ptr,
-    N, S, E, pitch, reverse, eps, cell_eps, steps, FOLDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    h_ptr, pre_ptr, z_ptr, z_row, w_ptr, b_ptr, skip_ptr, wv_ptr, bv_ptr, sum_ptr, y_ptr,
+    N, S, E, pitch, reverse, eps, steps, FOLDED: tl.constexpr, QKV_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr,
     DH: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = ((1 + w) * norm(h) + b + skip * c) * SiLU(z) for `steps` times BM of the N = B * S tokens, and one head.
 
     pre holds what c is the SiLU of. FOLDED: it holds c, and h is what the blocks of Wv, (4, 4, E / 4), and bv times the
-    sum of the row's weights make of it, n over the cell's denominator, of normaliser and stabiliser (B * NH, pitch) in
-    reading order.
+    sum of the row's weights make of it; sums (B * NH, pitch) in reading order.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)
@@ -120,10 +119,7 @@ def output_kernel(
                 t = n - image * S
                 position = tl.where(reverse != 0, S - 1 - t, t)
                 position += (image.to(tl.int64) * tl.num_programs(1) + head) * pitch
-                normaliser = tl.load(normaliser_ptr + position, mask=n < N, other=0.0)
-                stabiliser = tl.load(stabiliser_ptr + position, mask=n < N, other=0.0)
-                inverse, _ = inverse_denominator(normaliser, stabiliser, cell_eps)
-                h += (normaliser * inverse)[:, None] * bv[None, :]
+                h += tl.load(sum_ptr + position, mask=n < N, other=0.0)[:, None] * bv[None, :]
         else:
             c *= fast_sigmoid(c)
         mean = tl.sum(h, 1) / DH

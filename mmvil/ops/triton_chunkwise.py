@@ -15,9 +15,9 @@ from .triton_launch import device_limits, dot_precision, empty_rows_like, rows_c
 __all__ = [
     'Saved',
     'backward',
-    'denominators',
     'empty_saved',
     'forward',
+    'row_sums',
 ]
 
 products = FastKernels(triton_chunkwise_products)
@@ -86,10 +86,9 @@ def empty_saved(q: Tensor, tiles: Tiles | None = None) -> Saved:
     )
 
 
-def denominators(saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Normaliser and stabiliser of each row, (B * NH, S), in reading order, of what `forward` kept."""
-    saved = Saved(*saved)
-    return saved.normaliser, saved.stabiliser
+def row_sums(saved: tuple[Tensor, ...]) -> Tensor:
+    """Sum of each row's weights, (B * NH, S), in reading order, of what `forward` kept with `sums`."""
+    return Saved(*saved).normaliser
 
 
 def forward(
@@ -101,6 +100,7 @@ def forward(
     reverse: bool,
     eps: float,
     tiles: Tiles | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, Saved]:
     """Run the mLSTM.
 
@@ -113,6 +113,7 @@ def forward(
         reverse: Read the sequence from its end.
         eps: Added to the denominator.
         tiles: Tile sizes. Default: `choose_tiles`.
+        sums: Keep the sum of each row's weights, which is n over the denominator, in place of n. `backward` needs n.
 
     Returns:
         h like q, and what `backward` needs.
@@ -123,12 +124,12 @@ def forward(
         return h, saved
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     call = _Call(q, (q, k, v, h), tiles, reverse, eps)
-    states, sums = saved.states, saved.state_normalisers
+    states, normalisers = saved.states, saved.state_normalisers
     with call.device():
         call.scan_gates(igate, fgate, saved)
-        call.make_states(k, v, h, states, sums, saved, None, None, None)
-        call.scan_states(states, sums, saved, None)
-        call.product(OUTPUT, q, k, v, h, q, states, sums, saved, saved.read, None, None, None)
+        call.make_states(k, v, h, states, normalisers, saved, None, None, None)
+        call.scan_states(states, normalisers, saved, None)
+        call.product(OUTPUT, q, k, v, h, q, states, normalisers, saved, saved.read, None, None, None, sums)
     return h, saved
 
 
@@ -205,7 +206,7 @@ class _Call:
         self.total = batch * self.heads
         self.chunks, self.tile_count = -(-self.length // tiles.chunk), -(-self.length // tiles.tile)
         self.tiles, self.reverse, self.eps = tiles, bool(reverse), float(eps)
-        self.target = q.device
+        self.target, self.dtype = q.device, q.dtype
         self.scale = 1 / math.sqrt(self.dim)
         aligned = all(stride % ALIGNMENT == 0 for x in tensors for stride in _strides(x))
         self.unit = ALIGNMENT if aligned else 1
@@ -253,10 +254,12 @@ class _Call:
             STATE=self.dim * self.dim, DH=self.dim, BLOCKS=self.scan_blocks, BLOCK=tiles.block,
             WIDTH=_power_of_two(self.dim),
             PARTS=self.tiles.state_gradient.columns.split if is_backward else 1, BACKWARD=is_backward,
-            STAGES=tiles.stages, num_warps=tiles.warps,
+            TF32=self.dtype == torch.float16, STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
 
-    def product(self, product, x, y, z, out, partner, states, sums, saved, read, inverse, delta, row_dot) -> None:
+    def product(
+        self, product, x, y, z, out, partner, states, sums, saved, read, inverse, delta, row_dot, row_sums=False
+    ) -> None:
         """One of the four products."""
         tiles, inner = self.tiles.output if product == OUTPUT else self.tiles.gradient, split_dim(self.dim)
         unused = saved.normaliser
@@ -268,7 +271,7 @@ class _Call:
             self.eps, DH=self.dim, KA=inner.wide, KB=inner.narrow,
             CA=tiles.pieces.wide, CB=tiles.pieces.narrow, SPLIT=tiles.pieces.split,
             DELTAS=self.tiles.state_gradient.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile,
-            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, REVERSE=self.reverse, UNIT=self.unit,
+            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, SUMS=row_sums, REVERSE=self.reverse, UNIT=self.unit,
             PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
 

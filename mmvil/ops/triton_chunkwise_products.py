@@ -160,13 +160,13 @@ def product_kernel(
     o_batch, o_head, o_row, p_batch, p_head, p_row, total_heads, heads, length, chunks, scale, eps,
     DH: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, SPLIT: tl.constexpr,
     DELTAS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, STREAM: tl.constexpr, BK: tl.constexpr,
-    PRODUCT: tl.constexpr, REVERSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr, SUMS: tl.constexpr, REVERSE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One of the four products: a tile of rows of `out`, of which SPLIT programs hold CA + CB columns each.
 
     `x @ y^T` is summed in pieces KA + KB >= DH (in steps of BK where y is a state) for STREAM rows of y at a time.
     `partner` is what the rows of `out` are multiplied with for the gradients of the gates. For gradients of k and v,
-    `read` is the stored read / d.
+    `read` is the stored read / d. The output's normaliser is divided by d if SUMS.
     """
     MIRRORED: tl.constexpr = PRODUCT >= KEY_GRADIENT
     WITH_DELTA: tl.constexpr = (PRODUCT == QUERY_GRADIENT) | (PRODUCT == KEY_GRADIENT)
@@ -287,7 +287,7 @@ def product_kernel(
 
     if PRODUCT == OUTPUT:
         over, _ = inverse_denominator(sums, tl.load(stabiliser + position, mask=known, other=0.0), eps)
-        tl.store(normaliser + position, sums, mask=known & (block == 0))
+        tl.store(normaliser + position, sums * over if SUMS else sums, mask=known & (block == 0))
     elif PRODUCT == QUERY_GRADIENT:
         over = tl.load(inverse + position, mask=known, other=0.0)
     else:

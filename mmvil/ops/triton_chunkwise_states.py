@@ -156,13 +156,20 @@ def head_start(base, program, heads, batch_stride, head_stride, UNIT: tl.constex
 
 
 @triton.jit
+def round_to_tf32(x):
+    """Round float32 to the nearest TF32; tensor cores cut the digits that they do not read off."""
+    rounded = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # the carry of a NaN may run over
+
+
+@triton.jit
 def outer_product(accumulator, left, scaled, PRECISION: tl.constexpr):
     """Add left^T @ scaled to the accumulator; rows are tokens, scaled is float32.
 
     States of float16 sequences exceed float16: both sides are multiplied as TF32, which holds float16's digits exactly.
     """
     if left.dtype == tl.float16:
-        return tl.dot(tl.trans(left.to(tl.float32)), scaled, accumulator, input_precision='tf32')
+        return tl.dot(tl.trans(left.to(tl.float32)), round_to_tf32(scaled), accumulator, input_precision='tf32')
     return tl.dot(tl.trans(left), scaled.to(left.dtype), accumulator, input_precision=PRECISION)
 
 
@@ -309,12 +316,13 @@ def border_decay(borders, chunk, tiles, PER_CHUNK: tl.constexpr):
 def state_scan_kernel(
     states, state_normalisers, other_states, other_normalisers, border, crossing, total_heads, chunks, tiles,
     PER_CHUNK: tl.constexpr, STATE: tl.constexpr, DH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, BACKWARD: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, BACKWARD: tl.constexpr, TF32: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Replace each chunk's contribution by the state before it, or by the gradient of the state after it, in place.
 
     The last of the BLOCKS + 1 programs of a head carries the normaliser, whose PARTS it adds. Backward, `crossing`
     receives at c this block's share of the products <C[c], gradient of C[c]>: what the gates at the border are due.
+    TF32: states are multiplied as such, and stored rounded to it.
     """
     block = tl.program_id(0) % (BLOCKS + 1)
     head = tl.program_id(0) // (BLOCKS + 1)
@@ -328,7 +336,8 @@ def state_scan_kernel(
             address = (head.to(tl.int64) * chunks + chunk) * STATE + element
             added = tl.load(states + address, mask=inside, other=0.0).to(tl.float32)
             keep = border_decay(borders, chunk, tiles, PER_CHUNK)
-            tl.store(states + address, carried.to(states.dtype.element_ty), mask=inside)
+            kept = round_to_tf32(carried) if TF32 else carried
+            tl.store(states + address, kept.to(states.dtype.element_ty), mask=inside)
             carried = keep * carried + added
             if BACKWARD:
                 other = tl.load(other_states + address, mask=inside, other=0.0).to(tl.float32)

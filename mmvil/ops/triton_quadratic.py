@@ -24,14 +24,14 @@ from .triton_launch import (
     rows_contiguous,
 )
 
-__all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'denominators', 'empty_saved', 'forward', 'scan_gates', 'tile_candidates']
+__all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'empty_saved', 'forward', 'row_sums', 'scan_gates', 'tile_candidates']
 
 kernels = FastKernels(triton_quadratic_kernels)
 backward_kernels = FastKernels(triton_quadratic_backward_kernels)
 stored_kernels = FastKernels(triton_quadratic_stored_kernels)
 
 STATS_PLANES = 7
-STABILISER_PLANE, NORMALISER_PLANE = 4, 5
+NORMALISER_PLANE = 5
 ROW_PLANES = 5
 Q_DQ_PLANE = 3
 BLOCK = 64
@@ -132,9 +132,9 @@ def _tiles(given: Tiles | None, kernel: str, q: Tensor) -> list[Tiles]:
     return tile_candidates(kernel, q.shape[-1], q.element_size(), device_limits(q.device))
 
 
-def denominators(saved: tuple[Tensor]) -> tuple[Tensor, Tensor]:
-    """Normaliser and stabiliser of each row, (B, NH, S rounded up to 64), in reading order, of what `forward` kept."""
-    return saved[0][NORMALISER_PLANE], saved[0][STABILISER_PLANE]
+def row_sums(saved: tuple[Tensor]) -> Tensor:
+    """Sum of each row's weights, (B, NH, S rounded up to 64), in reading order, of what `forward` kept with `sums`."""
+    return saved[0][NORMALISER_PLANE]
 
 
 def scan_gates(q: Tensor, igate: Tensor, fgate: Tensor, reverse: bool) -> Tensor:
@@ -161,7 +161,7 @@ def scan_gates(q: Tensor, igate: Tensor, fgate: Tensor, reverse: bool) -> Tensor
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, reverse: bool, eps: float,
-    tiles: Tiles | None = None, stats: Tensor | None = None, scores: Tensor | None = None,
+    tiles: Tiles | None = None, stats: Tensor | None = None, scores: Tensor | None = None, sums: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """Run the quadratic mLSTM.
 
@@ -176,6 +176,7 @@ def forward(
         tiles: Tile settings; default: the table's.
         stats: What `scan_gates` gives for these gates, if they have been scanned.
         scores: Added to all products of a query with keys, (B, NH, S), float32, contiguous; `backward` knows none.
+        sums: Keep the sum of each row's weights, which is n over the denominator, in place of n. `backward` needs n.
 
     Returns:
         h, (B, NH, S, DH) in q's dtype, and the tensors that `backward` wants.
@@ -197,7 +198,7 @@ def forward(
         grid = (batch * heads * ceil_div(length, tiles.rows),)
         return kernels.quadratic_forward_kernel[grid](
             q, k, v, h, stats if scores is None else scores, stats, *strides, length, heads, pitch, plane, sign,
-            log_scale(dim), eps, WITH_E=scores is not None, **constants, BM=tiles.rows, BN=tiles.columns,
+            log_scale(dim), eps, WITH_E=scores is not None, SUMS=sums, **constants, BM=tiles.rows, BN=tiles.columns,
             SMALL=tiles.small, **tiles.options(),
         )  # fmt: skip
 

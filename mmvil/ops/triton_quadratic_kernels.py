@@ -226,20 +226,20 @@ def hidden_rows(
 @triton.jit
 def forward_tile(
     q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
-    WITH_E: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WITH_E: tl.constexpr, SUMS: tl.constexpr, DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`hidden_rows`, written to h, and n."""
+    """`hidden_rows`, written to h, and n, or with SUMS n over the denominator."""
     i = first + tl.arange(0, BM)
     q_a, q_b = load_rows(q, q_step, i, S, DH, DA, DB)
     e = 0.0
     if WITH_E:
         e = tl.load(scores + tl.where(reverse != 0, S - 1 - i, i), mask=i < S, other=0.0)
-    h_a, h_b, n, _ = hidden_rows(
+    h_a, h_b, n, inverse = hidden_rows(
         q_a, q_b, e, k, k_step, v, v_step, stats, plane, S, first, log_scale, eps, WITH_E, DH, DA, DB, BM, BN,
         PRECISION,
     )  # fmt: skip
-    tl.store(stats + NORMALISER * plane + i, n, mask=i < S)
+    tl.store(stats + NORMALISER * plane + i, n * inverse if SUMS else n, mask=i < S)
     store_rows(h, h_step, i, S, h_a, h_b, DH, DA, DB)
 
 
@@ -252,14 +252,14 @@ def forward_tile(
 def quadratic_forward_kernel(
     q, k, v, h, scores, stats,
     q_sb, q_sh, q_ss, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, h_sb, h_sh, h_ss,
-    S, NH, pitch, plane, reverse, log_scale, eps, WITH_E: tl.constexpr,
+    S, NH, pitch, plane, reverse, log_scale, eps, WITH_E: tl.constexpr, SUMS: tl.constexpr,
     DH: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SMALL: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """H and the normaliser n for one tile of BM queries. Grid: B * NH * ceil(S / BM), long rows first.
 
     A last tile of at most SMALL rows (0: never) is computed as SMALL rows: 196 = 3 * 64 + 4. scores (B * NH, S)
-    float32, in token order: if WITH_E added to all products q_i.k_j of query i.
+    float32, in token order: if WITH_E added to all products q_i.k_j of query i. SUMS: n over the denominator for n.
     """
     tiles = tl.cdiv(S, BM)
     index = tl.program_id(0) // tiles
@@ -275,15 +275,15 @@ def quadratic_forward_kernel(
         if S - first <= SMALL:
             forward_tile(
                 q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
-                WITH_E, DH, DA, DB, SMALL, BN, PRECISION,
+                WITH_E, SUMS, DH, DA, DB, SMALL, BN, PRECISION,
             )  # fmt: skip
         else:
             forward_tile(
                 q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
-                WITH_E, DH, DA, DB, BM, BN, PRECISION,
+                WITH_E, SUMS, DH, DA, DB, BM, BN, PRECISION,
             )  # fmt: skip
     else:
         forward_tile(
             q, q_step, k, k_step, v, v_step, h, h_step, scores, stats, plane, S, first, reverse, log_scale, eps,
-            WITH_E, DH, DA, DB, BM, BN, PRECISION,
+            WITH_E, SUMS, DH, DA, DB, BM, BN, PRECISION,
         )  # fmt: skip

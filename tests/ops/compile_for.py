@@ -32,7 +32,7 @@ def shared_memory(name: str, tiles: Tiles, capability: int, dtype: str, dim: int
     constants |= {'BM': tiles.rows, 'BN': tiles.columns}
     if name in ('forward', 'query'):
         constants['SMALL'] = tiles.small
-        constants |= {'WITH_H': True} if name == 'query' else {'WITH_E': True}
+        constants |= {'WITH_H': True} if name == 'query' else {'WITH_E': True, 'SUMS': True}
     else:
         joint = first + second <= triton_quadratic.JOINT_KEY_COLUMNS
         constants |= {'WITH_K': name == 'key', 'WITH_V': name == 'value' or joint}

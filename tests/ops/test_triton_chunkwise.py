@@ -1,8 +1,10 @@
 """The chunkwise kernels: in Triton's interpreter without a GPU, compiled with one."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from mmvil.ops import triton_chunkwise
 from mmvil.ops.chunkwise import mlstm_chunkwise
@@ -36,17 +38,23 @@ def forced(tile: int, chunk: int, state_rows: Pieces, columns: Pieces, block: in
 SETTINGS = {
     16: [forced(16, 32, Pieces(16), Pieces(16), 64), forced(16, 16, Pieces(16), Pieces(16), 32)],
     24: [forced(32, 64, Pieces(32), Pieces(16, 0, 2)), forced(32, 32, Pieces(16, 16), Pieces(16, 16))],
-    96: [forced(64, 128, Pieces(64, 32), Pieces(32, 16, 2), 2048), forced(32, 64, Pieces(128), Pieces(64, 32), 4096)],
+    96: [
+        forced(64, 128, Pieces(64, 32), Pieces(64, 0, 2), 2048),
+        forced(64, 128, Pieces(64, 32), Pieces(32, 16, 2), 2048),
+        forced(32, 64, Pieces(128), Pieces(64, 32), 4096),
+    ],
     192: [forced(32, 64, Pieces(128, 64), Pieces(64, 32, 2), 8192)],
-    384: [forced(32, 32, Pieces(128, 64, 2), Pieces(128, 0, 3), 32768)],
+    384: [forced(32, 32, Pieces(128, 64, 2), Pieces(128, 0, 3), 16384)],
 }
+"""By DH. The first of each also runs in float16, for which `check_codegen` finds no fault in it."""
 CASES = [
     *((16, length, reverse, i) for length in (1, 15, 63, 100) for reverse in (False, True) for i in (0, 1)),
     *((24, length, bool(length % 2), i) for length in (63, 100) for i in (0, 1)),
     (24, 197, False, 0),
-    (96, 63, False, 1),
-    (96, 197, True, 0),
-    (96, 300, False, 0),
+    (96, 63, False, 2),
+    (96, 197, True, 1),
+    (96, 300, False, 1),
+    (96, 100, True, 0),
     (192, 15, False, 0),
     (192, 100, True, 0),
     (384, 15, True, 0),
@@ -73,6 +81,35 @@ def test_float16(dim: int, length: int, device: torch.device) -> None:
     actual = run(inputs, dh, True, SETTINGS[dim][0])
     assert [x.dtype for x in actual] == [torch.float16] * 4 + [torch.float32] * 2
     assert_all_close(actual, expected(inputs, dh, True), TOLERANCE[torch.float16])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='is about the interpreter')
+def test_float16_states_are_tf32_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores cut off the digits that TF32 lacks, Triton's interpreter does not: there must be none."""
+    inputs, dh = make_inputs((1, 2, 100, 16), torch.float16)
+    want = run(inputs, dh, False, SETTINGS[16][0])
+    product, seen = interpreter.InterpreterBuilder.create_dot, []
+
+    def cut(data: np.ndarray) -> np.ndarray:
+        return (data.view(np.uint32) & 0xFFFFE000).view(np.float32)
+
+    def create_dot(self: object, a: object, b: object, d: object, precision: object, *rest: object) -> object:
+        if str(precision).endswith('TF32'):
+            seen.append(precision)
+            a, b = (interpreter.TensorHandle(cut(x.data), x.dtype) for x in (a, b))
+        return product(self, a, b, d, precision, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, 'create_dot', create_dot)
+    assert all(torch.equal(x, y) for x, y in zip(run(inputs, dh, False, SETTINGS[16][0]), want, strict=True))
+    assert seen
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+def test_nan_reaches_all_that_comes_after(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, dh = make_inputs((1, 1, 100, 16), dtype, device)
+    inputs[2][..., 3, :] = torch.nan
+    h = run(inputs, dh, False, SETTINGS[16][0])[0]
+    assert h[:, :, 3:].isnan().all()
 
 
 @pytest.mark.parametrize('dim', [1, 7, 20, 100, 129])
@@ -158,6 +195,16 @@ def test_layouts_and_empty_batch(device: torch.device) -> None:
         assert all(torch.equal(x, y) for x, y in zip(run([q, k, v, *inputs[3:]], dh, True, tiles), want, strict=True))
     empty = [x[:0] for x in inputs]
     assert [x.shape[0] for x in run(empty, dh[:0], True)] == [0] * 6
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_sums_of_weights(reverse: bool, device: torch.device) -> None:
+    """They are what the mLSTM makes of values that are all one."""
+    inputs, _ = make_inputs((2, 2, 100, 16), device=device)
+    inputs[2].fill_(1)
+    h, saved = triton_chunkwise.forward(*inputs, reverse, EPS, SETTINGS[16][0], sums=True)
+    sums = triton_chunkwise.row_sums(saved).reshape(2, 2, -1)[:, :, :100]
+    torch.testing.assert_close(sums.flip(2) if reverse else sums, h[..., 7], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('reverse', [False, True])

@@ -138,6 +138,16 @@ def test_every_tile_setting(kernel: str, dim: int, device: torch.device) -> None
         assert_all_close(actual, reference, TOLERANCE[torch.float16])
 
 
+@pytest.mark.parametrize('reverse', [False, True])
+def test_sums_of_weights(reverse: bool, device: torch.device) -> None:
+    """They are what the mLSTM makes of values that are all one."""
+    inputs, _ = make_inputs((2, 2, 100, 16), device=device)
+    inputs[2].fill_(1)
+    h, saved = triton_quadratic.forward(*inputs, reverse, EPS, sums=True)
+    sums = triton_quadratic.row_sums(saved)[:, :, :100]
+    torch.testing.assert_close(sums.flip(2) if reverse else sums, h[..., 7], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(('length', 'dim'), [(1, 16), (64, 40), (65, 96), (75, 384), (200, 13), (260, 32)])
 def test_both_ways_through_the_backward_pass(length: int, dim: int, device: torch.device) -> None:
     """With matrices in memory and without; one to five blocks of tokens, several pieces of channels, none whole."""
