@@ -184,7 +184,7 @@ def test_closed_input_gates_give_zero_and_finite_gradients(igate: float, device:
 
 
 def test_layouts_and_empty_batch(device: torch.device) -> None:
-    """Slices with unaligned strides and transposed channels give what dense tensors give."""
+    """Slices with unaligned strides and transposed channels give what dense tensors give, but for the order of sums."""
     inputs, dh = make_inputs((2, 2, 40, 16), device=device)
     tiles = SETTINGS[16][0]
     want = run(inputs, dh, True, tiles)
@@ -192,7 +192,7 @@ def test_layouts_and_empty_batch(device: torch.device) -> None:
     sliced = [y[:, :, 2:42, 1:17].copy_(x) for x, y in zip(inputs, wide, strict=False)]
     strange = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in inputs[:3]]
     for q, k, v in (sliced, strange):
-        assert all(torch.equal(x, y) for x, y in zip(run([q, k, v, *inputs[3:]], dh, True, tiles), want, strict=True))
+        assert_all_close(run([q, k, v, *inputs[3:]], dh, True, tiles), want, 1e-6)
     empty = [x[:0] for x in inputs]
     assert [x.shape[0] for x in run(empty, dh[:0], True)] == [0] * 6
 
