@@ -54,7 +54,7 @@ HALF_TILES: dict[str, dict[int, list[Tiles]]] = {
     'key': {
         128: [Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1)],
         256: [Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
-        512: [Tiles(64, 32, 8, 3), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
+        512: [Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 3), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2), Tiles(16, 16, 4, 1)],
     },
     'value': {
         128: [Tiles(64, 32, 4, 3, 0, 128), Tiles(64, 32, 4, 2, 0, 128), Tiles(16, 16, 4, 1)],
@@ -98,7 +98,7 @@ def tile_candidates(kernel: str, head_dim: int, item_size: int, limits: DeviceLi
     columns = sum(head_pieces(head_dim))
     table = FLOAT_TILES if item_size == 4 else HALF_TILES[kernel]
     candidates = next(tiles for limit, tiles in sorted(table.items()) if columns <= limit)
-    held = 2 if kernel == 'key' else 1
+    held = 2 if kernel == 'key' and columns <= JOINT_KEY_COLUMNS else 1
 
     def bytes_needed(tiles: Tiles) -> int:
         return columns * item_size * (held * tiles.rows + 2 * tiles.stages * tiles.columns)
