@@ -5,6 +5,7 @@ the launchers are called without going through torch's dispatcher, which takes l
 is imported at the first call.
 """
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .eager import operators_may_be_skipped
-from .triton_launch import choose_form, dot_precision, empty_rows_like, is_compile_failure
+from .triton_launch import choose_form, dot_precision, empty_rows_like, interpreting, is_compile_failure
 
 __all__ = ['WEIGHTS', 'fused_block']
 
@@ -30,6 +31,8 @@ gates' gradients as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above 
 """
 ABSENT = dict.fromkeys(WEIGHTS)
 GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
+
+_built: set[tuple] = set()
 
 
 @functools.cache
@@ -239,7 +242,30 @@ def _run_forward(
     named, scale = _named(names, rest), rest[-1] if len(rest) > len(names) else None
     shape = _shape(x, named, rows, columns, heads, reverse)
     out, *saved, statistics = _launchers().block_forward(shape, _cell(shape, keep), x, named, dtype, scale, keep)
-    return [out, *saved, *statistics] if keep else [out]
+    if not keep:
+        return [out]
+    if not interpreting():
+        _build_backward(shape, out, x, saved, statistics, named, scale)
+    return [out, *saved, *statistics]
+
+
+def _build_backward(
+    shape: object, out: Tensor, x: Tensor, saved: Sequence[Tensor], statistics: Sequence[Tensor],
+    named: dict[str, Tensor | None], scale: Tensor | None,
+) -> None:  # fmt: skip
+    """Run the backward pass of the first block of its kind.
+
+    If its kernels cannot be built, this must be known while the plain modules can still run: later they would need
+    activations that are gone.
+    """
+    cell = _cell(shape, trains=True)
+    kind = dataclasses.replace(shape, batch=0, grid=()), cell, shape.tokens <= getattr(cell, 'STORED_TOKENS', 0)
+    dtypes = [None if tensor is None else tensor.dtype for tensor in (x, saved[0], scale, *named.values())]
+    key = x.get_device(), *kind, *dtypes
+    if key not in _built:
+        dout = torch.zeros_like(out)
+        _backward_launchers().block_backward(shape, cell, dout, x, *saved, tuple(statistics), named, scale)
+        _built.add(key)
 
 
 def _backward(
@@ -267,7 +293,7 @@ def _run_backward(
             shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, v, tuple(statistics), named, scale
         )
     except Exception as error:
-        if is_compile_failure(error):  # the plain modules would need activations that are gone by now
+        if is_compile_failure(error):  # unlike those that `_build_backward` has seen
             raise RuntimeError(
                 'the fused backward pass cannot be built here; build the model with fused=False'
             ) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmvil.models import ViLBlock, VisionLSTM, fused
+from mmvil.ops import block_op
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 LAYERS = 2
@@ -179,3 +180,57 @@ def test_kernels_that_cannot_be_built_leave_the_block_to_its_modules(
         torch.testing.assert_close(block(x, (2, 3)), expected)
     assert len(tries) == len(lines) == 1
     assert 'cannot be built for torch.float32' in lines[0]
+
+
+def test_a_backward_pass_that_cannot_be_built_is_found_in_the_forward_pass(
+    fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr(fused, '_said', set())
+    monkeypatch.setattr(fused, '_device_reasons', {})
+    monkeypatch.setattr(block_op, '_built', set())
+    monkeypatch.setattr(block_op, 'interpreting', bool)  # where nothing is built
+    lines, tries = [], []
+    monkeypatch.setattr(fused, 'print_log', lambda text, **_: lines.append(text))
+
+    def refuse(*_: object) -> None:
+        tries.append(1)
+        raise OutOfResources(2, 1, 'shared memory')
+
+    block, x = ViLBlock(16).to(DEVICE), torch.randn(1, 6, 16, device=DEVICE)
+    with torch.no_grad():
+        inference = block(x, (2, 3))
+    monkeypatch.setattr(block_op._backward_launchers(), 'block_backward', refuse)
+    for _ in range(2):
+        out = block(x, (2, 3))
+        torch.testing.assert_close(out, inference, rtol=1e-4, atol=1e-4)
+        gradients = torch.autograd.grad(out.square().sum(), list(block.parameters()))
+        plain = x + block.layer._forward_plain(block.norm(x), (2, 3))
+        expected = torch.autograd.grad(plain.square().sum(), list(block.parameters()))
+        torch.testing.assert_close(gradients, expected)
+    assert len(tries) == len(lines) == 1
+    assert 'cannot be built for torch.float32' in lines[0]
+
+
+def test_the_backward_pass_is_built_once_for_each_kind_of_block(
+    fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_op, '_built', set())
+    monkeypatch.setattr(block_op, 'interpreting', bool)
+    launchers, runs = block_op._backward_launchers(), []
+    backward = launchers.block_backward
+
+    def counted(shape: object, *rest: object) -> object:
+        runs.append(shape)
+        return backward(shape, *rest)
+
+    monkeypatch.setattr(launchers, 'block_backward', counted)
+    blocks = [ViLBlock(16, reverse=reverse).to(DEVICE) for reverse in (False, True, False)]
+    for grid in ((2, 3), (3, 3)):
+        x = torch.randn(1, grid[0] * grid[1], 16, device=DEVICE)
+        for block in blocks:
+            block(x, grid)
+    assert [shape.reverse for shape in runs] == [False, True]
+    blocks[0](torch.randn(1, 257, 16, device=DEVICE), (1, 257))  # takes other kernels
+    assert [shape.tokens for shape in runs] == [6, 6, 257]
