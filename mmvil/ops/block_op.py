@@ -293,7 +293,7 @@ def _run_backward(
             shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, v, tuple(statistics), named, scale
         )
     except Exception as error:
-        if is_compile_failure(error):  # unlike those that `_build_backward` has seen
+        if is_compile_failure(error):  # of a kind that could be built before, and too late for the plain modules
             raise RuntimeError(
                 'the fused backward pass cannot be built here; build the model with fused=False'
             ) from error

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import block_op, custom_op  # noqa: F401 - the first registers the operators named below
+from .triton_chunkwise_tiles import CHUNK  # assumed where the caller names none
 from .triton_launch import choose_form
 
 __all__ = ['CHUNK', 'block_flops', 'count_as', 'get_flops', 'mlstm_flops', 'mlstm_op_handle']
-
-CHUNK = 256
-"""Tokens between two states assumed for the chunkwise form where the caller names none."""
 
 # Products of S x S type per form: scores and values forward; one pair each for dq, dk and dv backward.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 6

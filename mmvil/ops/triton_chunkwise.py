@@ -258,20 +258,20 @@ class _Call:
         )  # fmt: skip
 
     def product(
-        self, product, x, y, z, out, partner, states, sums, saved, read, inverse, delta, row_dot, row_sums=False
+        self, product, x, y, z, out, partner, states, normalisers, saved, read, inverse, delta, row_dot, sums=False
     ) -> None:
         """One of the four products."""
         tiles, inner = self.tiles.output if product == OUTPUT else self.tiles.gradient, split_dim(self.dim)
         unused = saved.normaliser
         products.product_kernel[(self.total * self.tile_count * tiles.pieces.split,)](
-            x, y, z, out, partner, states, sums, saved.gate, saved.maximum, saved.write, read, saved.border,
+            x, y, z, out, partner, states, normalisers, saved.gate, saved.maximum, saved.write, read, saved.border,
             saved.stabiliser, saved.normaliser, unused if inverse is None else inverse,
             unused if delta is None else delta, unused if row_dot is None else row_dot,
             *self.strides(x, y, z, out, partner), self.total, self.heads, self.length, self.chunks, self.scale,
             self.eps, DH=self.dim, KA=inner.wide, KB=inner.narrow,
             CA=tiles.pieces.wide, CB=tiles.pieces.narrow, SPLIT=tiles.pieces.split,
             DELTAS=self.tiles.state_gradient.columns.split, CHUNK=self.tiles.chunk, TILE=self.tiles.tile,
-            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, SUMS=row_sums, REVERSE=self.reverse, UNIT=self.unit,
+            STREAM=tiles.stream, BK=tiles.depth, PRODUCT=product, SUMS=sums, REVERSE=self.reverse, UNIT=self.unit,
             PRECISION=self.precision, **_options(tiles),
         )  # fmt: skip
 

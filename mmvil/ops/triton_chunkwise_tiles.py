@@ -20,6 +20,8 @@ __all__ = [
 
 SMALLEST_PIECE = 16
 """Tensor cores multiply nothing smaller."""
+CHUNK = 256
+"""Tokens between two states where a card has the shared memory; shorter chunks keep more states."""
 
 
 class Pieces(NamedTuple):
@@ -155,7 +157,7 @@ def _float16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
     if pieces.wide + pieces.narrow > 256:
         return []
     product, state = ProductTiles(64, 32, pieces, 4, 2), StateTiles(64, pieces, _blocks(dim, 32), 4, 2)
-    return [Tiles(64, 256, product, product, state, state)]
+    return [Tiles(64, CHUNK, product, product, state, state)]
 
 
 def _bfloat16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
@@ -166,16 +168,16 @@ def _bfloat16_tiles(dim: int, pieces: Pieces) -> list[Tiles]:
         whole = max(SMALLEST_PIECE, 1 << (dim - 1).bit_length())
         product = ProductTiles(32, 32, pieces, 4, 3, 168 if pieces.narrow else None)
         state = StateTiles(64, Pieces(whole), _blocks(dim, 64 if whole > 32 else 32), 4, 3)
-        return [Tiles(64, 256, product, product, state, state, scan)]
+        return [Tiles(64, CHUNK, product, product, state, state, scan)]
     if wide == 256:
         product, state = ProductTiles(64, 64, Pieces(128, 0, 2), 8, 2), StateTiles(64, pieces, _blocks(dim, 64), 8, 2)
-        return [Tiles(64, 256, product, product, state, state, scan)]
+        return [Tiles(64, CHUNK, product, product, state, state, scan)]
     if wide == 192:
         product, state = ProductTiles(32, 32, pieces, 4, 3), StateTiles(64, pieces, _blocks(dim, 64), 4, 3)
-        return [Tiles(64, 256, product, product, state, StateTiles(64, pieces, Pieces(64, 32, 2), 8, 3), scan)]
+        return [Tiles(64, CHUNK, product, product, state, StateTiles(64, pieces, Pieces(64, 32, 2), 8, 3), scan)]
     product = ProductTiles(32, 32, Pieces(128, 64, 2), 8, 2)
     state = StateTiles(64, Pieces(128, 64, 2), _blocks(dim, 64), 4, 3)
-    large = Tiles(128, 256, product, product, state, StateTiles(64, pieces, _blocks(dim, 64), 8, 2), ScanTiles())
+    large = Tiles(128, CHUNK, product, product, state, StateTiles(64, pieces, _blocks(dim, 64), 8, 2), ScanTiles())
     product = ProductTiles(32, 32, Pieces(128, 0, 3), 4, 2)
     return [large, large._replace(tile=64, output=product, gradient=product)]
 

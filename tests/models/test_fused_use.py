@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,49 +160,45 @@ def test_the_reason_is_logged_once(fused_anywhere: Counter, monkeypatch: pytest.
     assert not fused_anywhere
 
 
-def test_kernels_that_cannot_be_built_leave_the_block_to_its_modules(
-    fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def unbuildable(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """`refuse`, which fails as kernels do that cannot be built; how often it was called, and what was logged."""
     from triton.runtime.errors import OutOfResources
 
     monkeypatch.setattr(fused, '_said', set())
     monkeypatch.setattr(fused, '_device_reasons', {})
-    lines, tries = [], []
-    monkeypatch.setattr(fused, 'print_log', lambda text, **_: lines.append(text))
+    found = SimpleNamespace(tries=0, lines=[])
+    monkeypatch.setattr(fused, 'print_log', lambda text, **_: found.lines.append(text))
 
     def refuse(*_: object) -> None:
-        tries.append(1)
+        found.tries += 1
         raise OutOfResources(2, 1, 'shared memory')
 
-    monkeypatch.setattr('mmvil.models.block.run_fused', refuse)
+    found.refuse = refuse
+    return found
+
+
+def test_kernels_that_cannot_be_built_leave_the_block_to_its_modules(
+    fused_anywhere: Counter, unbuildable: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('mmvil.models.block.run_fused', unbuildable.refuse)
     block, x = ViLBlock(16).to(DEVICE), torch.randn(1, 6, 16, device=DEVICE)
     expected = x + block.layer._forward_plain(block.norm(x), (2, 3))
     for _ in range(2):
         torch.testing.assert_close(block(x, (2, 3)), expected)
-    assert len(tries) == len(lines) == 1
-    assert 'cannot be built for torch.float32' in lines[0]
+    assert unbuildable.tries == len(unbuildable.lines) == 1
+    assert 'cannot be built for torch.float32' in unbuildable.lines[0]
 
 
 def test_a_backward_pass_that_cannot_be_built_is_found_in_the_forward_pass(
-    fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch
+    fused_anywhere: Counter, unbuildable: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from triton.runtime.errors import OutOfResources
-
-    monkeypatch.setattr(fused, '_said', set())
-    monkeypatch.setattr(fused, '_device_reasons', {})
     monkeypatch.setattr(block_op, '_built', set())
     monkeypatch.setattr(block_op, 'interpreting', bool)  # where nothing is built
-    lines, tries = [], []
-    monkeypatch.setattr(fused, 'print_log', lambda text, **_: lines.append(text))
-
-    def refuse(*_: object) -> None:
-        tries.append(1)
-        raise OutOfResources(2, 1, 'shared memory')
-
     block, x = ViLBlock(16).to(DEVICE), torch.randn(1, 6, 16, device=DEVICE)
     with torch.no_grad():
         inference = block(x, (2, 3))
-    monkeypatch.setattr(block_op._backward_launchers(), 'block_backward', refuse)
+    monkeypatch.setattr(block_op._backward_launchers(), 'block_backward', unbuildable.refuse)
     for _ in range(2):
         out = block(x, (2, 3))
         torch.testing.assert_close(out, inference, rtol=1e-4, atol=1e-4)
@@ -209,8 +206,8 @@ def test_a_backward_pass_that_cannot_be_built_is_found_in_the_forward_pass(
         plain = x + block.layer._forward_plain(block.norm(x), (2, 3))
         expected = torch.autograd.grad(plain.square().sum(), list(block.parameters()))
         torch.testing.assert_close(gradients, expected)
-    assert len(tries) == len(lines) == 1
-    assert 'cannot be built for torch.float32' in lines[0]
+    assert unbuildable.tries == len(unbuildable.lines) == 1
+    assert 'cannot be built for torch.float32' in unbuildable.lines[0]
 
 
 def test_the_backward_pass_is_built_once_for_each_kind_of_block(

@@ -46,7 +46,7 @@ SETTINGS = {
     192: [forced(32, 64, Pieces(128, 64), Pieces(64, 32, 2), 8192)],
     384: [forced(32, 32, Pieces(128, 64, 2), Pieces(128, 0, 3), 16384)],
 }
-"""By DH. The first of each also runs in float16, for which `check_codegen` finds no fault in it."""
+"""By DH. The first of each also runs in float16, where ptxas 12.8 miscompiles columns of 32 + 16 at DH 96."""
 CASES = [
     *((16, length, reverse, i) for length in (1, 15, 63, 100) for reverse in (False, True) for i in (0, 1)),
     *((24, length, bool(length % 2), i) for length in (63, 100) for i in (0, 1)),
@@ -184,7 +184,7 @@ def test_closed_input_gates_give_zero_and_finite_gradients(igate: float, device:
 
 
 def test_layouts_and_empty_batch(device: torch.device) -> None:
-    """Slices with unaligned strides and transposed channels give what dense tensors give, but for the order of sums."""
+    """Slices with unaligned strides and transposed channels give what dense tensors give."""
     inputs, dh = make_inputs((2, 2, 40, 16), device=device)
     tiles = SETTINGS[16][0]
     want = run(inputs, dh, True, tiles)
@@ -192,7 +192,11 @@ def test_layouts_and_empty_batch(device: torch.device) -> None:
     sliced = [y[:, :, 2:42, 1:17].copy_(x) for x, y in zip(inputs, wide, strict=False)]
     strange = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in inputs[:3]]
     for q, k, v in (sliced, strange):
-        assert_all_close(run([q, k, v, *inputs[3:]], dh, True, tiles), want, 1e-6)
+        *found, digate, dfgate = run([q, k, v, *inputs[3:]], dh, True, tiles)
+        assert all(torch.equal(x, y) for x, y in zip(found, want[:4], strict=True))
+        # The gates' are sums over channels, which a compiled kernel adds in the order of its loads.
+        tolerance = {'rtol': 0.0, 'atol': 0.0} if device.type == 'cpu' else {'rtol': 1e-6, 'atol': 1e-6}
+        torch.testing.assert_close([digate, dfgate], want[4:], **tolerance)
     empty = [x[:0] for x in inputs]
     assert [x.shape[0] for x in run(empty, dh[:0], True)] == [0] * 6
 
