@@ -259,7 +259,8 @@ def _build_backward(
     activations that are gone.
     """
     cell = _cell(shape, trains=True)
-    kind = dataclasses.replace(shape, batch=0, grid=()), cell, shape.tokens <= getattr(cell, 'STORED_TOKENS', 0)
+    stores = cell is _form('quadratic') and shape.tokens <= cell.stored_tokens(shape.inner // shape.heads)
+    kind = dataclasses.replace(shape, batch=0, grid=()), cell, stores
     dtypes = [None if tensor is None else tensor.dtype for tensor in (x, saved[0], scale, *named.values())]
     key = x.get_device(), *kind, *dtypes
     if key not in _built:

@@ -24,7 +24,17 @@ from .triton_launch import (
     rows_contiguous,
 )
 
-__all__ = ['BLOCK', 'SCAN_SPANS', 'backward', 'empty_saved', 'forward', 'row_sums', 'scan_gates', 'tile_candidates']
+__all__ = [
+    'BLOCK',
+    'SCAN_SPANS',
+    'backward',
+    'empty_saved',
+    'forward',
+    'row_sums',
+    'scan_gates',
+    'stored_tokens',
+    'tile_candidates',
+]
 
 kernels = FastKernels(triton_quadratic_kernels)
 backward_kernels = FastKernels(triton_quadratic_backward_kernels)
@@ -69,9 +79,9 @@ FLOAT_TILES: dict[int, list[Tiles]] = {
 }
 # dk and dv in one kernel read q and dh once but hold two accumulators; above this many columns they are two launches.
 JOINT_KEY_COLUMNS = 128
-# Longest sequence of 16-bit inputs whose backward pass stores matrices of S x S: two of a head then take the memory of
-# at most a few tensors of its rows.
-STORED_TOKENS = 256
+# Longest sequence of 16-bit inputs whose backward pass stores matrices of S x S, by largest DH. For small heads those
+# kernels are hardly faster, and only if dh.h of each row is at hand; for long sequences they are slower.
+STORED_TOKENS = {128: 256, 256: 1024, 512: 2304}
 STORED_WITHOUT_PRODUCTS = 128
 STORED_COLUMNS = 192
 ROW_ELEMENTS = 2048
@@ -130,6 +140,11 @@ def _tiles(given: Tiles | None, kernel: str, q: Tensor) -> list[Tiles]:
     if given is not None:
         return [given]
     return tile_candidates(kernel, q.shape[-1], q.element_size(), device_limits(q.device))
+
+
+def stored_tokens(head_dim: int) -> int:
+    """Longest sequence whose backward pass stores matrices, where the dtype and what is at hand allow it."""
+    return next(tokens for largest, tokens in STORED_TOKENS.items() if head_dim <= largest)
 
 
 def row_sums(saved: tuple[Tensor]) -> Tensor:
@@ -296,8 +311,9 @@ def _fresh_gradients(
 
 def _stores_matrices(q: Tensor, products: Tensor | None) -> bool:
     """Whether the backward pass stores matrices of S x S, which for small heads must not need another kernel first."""
-    is_faster = products is not None or q.shape[3] > STORED_WITHOUT_PRODUCTS
-    return q.element_size() == 2 and q.shape[2] <= STORED_TOKENS and is_faster
+    length, dim = q.shape[2:]
+    is_faster = products is not None or dim > STORED_WITHOUT_PRODUCTS
+    return q.element_size() == 2 and length <= stored_tokens(dim) and is_faster
 
 
 def _row_products(h: Tensor, dh: Tensor, alignment: int) -> Tensor:
@@ -320,11 +336,12 @@ def _stored_gradients(
     """Fill dq, dk, dv; the planes of q.dq and of k.dk to add up."""
     batch, heads, length, dim = q.shape
     total, pitch = batch * heads, ceil_div(length, BLOCK)
-    p, d = q.new_empty(2, total, length, pitch * BLOCK)
+    blocks = total * pitch * (pitch + 1) // 2
+    p, d = q.new_empty(2, blocks, BLOCK, BLOCK)
     sums = stats.new_empty(2 * pitch, total, pitch * BLOCK)
 
     def launch_matrix(tiles: Tiles) -> None:
-        stored_kernels.matrix_kernel[(total * pitch * (pitch + 1) // 2,)](
+        stored_kernels.matrix_kernel[(blocks,)](
             q, k, v, dh, p, d, products, stats, sums, *row_strides(alignment, q, k, v, dh), length, heads, pitch,
             total * pitch, sign, log_scale(dim), eps, DH=dim, BK=tiles.columns, SMALL=tiles.small, ALIGN=alignment,
             **tiles.options(),

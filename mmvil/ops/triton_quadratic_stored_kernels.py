@@ -1,4 +1,4 @@
-"""Device code of the quadratic mLSTM's backward pass through matrices in memory, for short sequences in 16 bits.
+"""Device code of the quadratic mLSTM's backward pass through matrices in memory, in 16 bits.
 
 Names and buffers as in `triton_quadratic_kernels`. With w_ij = scale exp2(g_j - M_i) / den_i for j <= i, else 0,
 
@@ -6,9 +6,9 @@ Names and buffers as in `triton_quadratic_kernels`. With w_ij = scale exp2(g_j -
     dq_i = sum_j D_ij k_j,    dk_j = sum_i D_ij q_i,    dv_j = sum_i P_ij dh_i,
     q_i.dq_i = sum_j D_ij q_i.k_j,    k_j.dk_j = sum_i D_ij q_i.k_j.
 
-Kernels that make P and D anew for each gradient need five to seven products and hold whole rows of DH channels; with P
-and D in memory, (B * NH, S, pitch * BLOCK) in the inputs' dtype, there are five, and every tile is small. Blocks above
-the diagonal are neither written nor read.
+Kernels that make P and D anew for each gradient need six or seven products and hold whole rows of DH channels; with P
+and D in memory, in the inputs' dtype, there are five, and every tile is small. Of a head there are the blocks on and
+below the diagonal, row by row, B * NH * pitch * (pitch + 1) / 2 of BLOCK x BLOCK in all.
 """
 
 import triton
@@ -59,7 +59,7 @@ def _matrix_tile(
     q, q_step, k, k_step, v, v_step, dh, dh_step, p, d, products, stats, sums, S, pitch, plane, reverse, log_scale, eps,
     row_block, key_block, DH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """`matrix_kernel` for the first BM rows of a block of queries. Pointers at the head's start."""
+    """`matrix_kernel` for the first BM rows of a block. Pointers at the head's start, p and d at the block's."""
     i = row_block * BLOCK + tl.arange(0, BM)
     j = key_block * BLOCK + tl.arange(0, BLOCK)
     score = tl.zeros((BM, BLOCK), tl.float32)
@@ -89,7 +89,7 @@ def _matrix_tile(
     product = gradient * score
     tl.store(sums + key_block * plane + i, tl.sum(product, 1), mask=exists)
     tl.store(sums + (pitch + row_block) * plane + j, tl.sum(product, 0), mask=j < S)
-    place = i[:, None] * (pitch * BLOCK) + j[None, :]
+    place = tl.arange(0, BM)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(p + place, (score * weight).to(p.dtype.element_ty), mask=exists[:, None])
     tl.store(d + place, gradient.to(d.dtype.element_ty), mask=exists[:, None])
 
@@ -105,7 +105,7 @@ def matrix_kernel(
     dh_sb, dh_sh, dh_ss, S, NH, pitch, plane, reverse, log_scale, eps,
     DH: tl.constexpr, BK: tl.constexpr, SMALL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK x BLOCK tile of P and D on or below the diagonal, and its sums over rows and columns.
+    """One block of P and D, and its sums over rows and columns.
 
     products: dh_i.h_i, (B * NH, S) float32, in token order. sums (2 * pitch, B * NH, pitch * BLOCK) float32: over the
     j-th block of keys, one plane for each, then over the i-th block of queries. A last block of at most SMALL rows is
@@ -125,8 +125,8 @@ def matrix_kernel(
     products += index.to(tl.int64) * S
     stats += index.to(tl.int64) * width
     sums += index.to(tl.int64) * width
-    p += index.to(tl.int64) * S * width
-    d += index.to(tl.int64) * S * width
+    p += tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
+    d += tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
     plane = plane.to(tl.int64) * BLOCK
     if S - row_block * BLOCK <= SMALL:
         _matrix_tile(
@@ -179,31 +179,35 @@ def matrix_gradient_kernel(
         matrix = second_matrix
         line, step = head_start(y, index, NH, S, y_sb, y_sh, y_ss, reverse, ALIGN)
         out, out_step = head_start(dy, index, NH, S, dy_sb, dy_sh, dy_ss, reverse, ALIGN)
-    width = pitch * BLOCK
-    matrix += index.to(tl.int64) * S * width
+    matrix += index.to(tl.int64) * (pitch * (pitch + 1) // 2) * BLOCK * BLOCK
     acc_a = tl.zeros((BLOCK, CA), tl.float32)
     acc_b = acc_a
     if CB > 0:
         acc_b = tl.zeros((BLOCK, CB), tl.float32)
+    row = tl.arange(0, BLOCK)
     if TURNED:
         block = number
         start, end = block * BLOCK, S
     else:
         block = pitch - 1 - number
         start, end = 0, tl.minimum((block + 1) * BLOCK, S)
-    own = block * BLOCK + tl.arange(0, BLOCK)
+        matrix += block * (block + 1) // 2 * BLOCK * BLOCK
     for other_first in range(start, end, BN):
         other = other_first + tl.arange(0, BN)
+        other_block = other_first // BLOCK
+        inside = other - other_block * BLOCK
         if TURNED:
-            m = tl.load(matrix + other[:, None] * width + own[None, :], mask=(other < S)[:, None], other=0.0)
+            tile = matrix + (other_block * (other_block + 1) // 2 + block) * BLOCK * BLOCK
+            m = tl.load(tile + inside[:, None] * BLOCK + row[None, :], mask=(other < S)[:, None], other=0.0)
             m = tl.trans(m)
         else:
-            m = tl.load(matrix + tl.minimum(own, S - 1)[:, None] * width + other[None, :])
+            # Rows beyond S hold anything and end in rows that are not stored; columns beyond S hold zeros.
+            m = tl.load(matrix + other_block * BLOCK * BLOCK + row[:, None] * BLOCK + inside[None, :])
         z = _tile(line, step, other, S, first, CA, DH, EVEN)
         acc_a = tl.dot(m, z, acc_a, input_precision='ieee')
         if CB > 0:
             z_b = _tile(line, step, other, S, first + CA, CB, DH, EVEN)
             acc_b = tl.dot(m, z_b, acc_b, input_precision='ieee')
-    _store(out, out_step, own, S, first, acc_a, DH)
+    _store(out, out_step, block * BLOCK + row, S, first, acc_a, DH)
     if CB > 0:
-        _store(out, out_step, own, S, first + CA, acc_b, DH)
+        _store(out, out_step, block * BLOCK + row, S, first + CA, acc_b, DH)

@@ -11,18 +11,18 @@ from mmvil.ops.triton_launch import DeviceLimits, Tiles
 
 
 def test_settings_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_quadratic, 'STORED_TOKENS', triton_quadratic.STORED_TOKENS)
+    monkeypatch.setitem(triton_quadratic.STORED_TOKENS, 128, 256)
     monkeypatch.setattr(triton_chunkwise_tiles, 'CHUNK', triton_chunkwise_tiles.CHUNK)
     monkeypatch.setitem(block.SETTINGS, 'mix_rows', block.SETTINGS['mix_rows'])
     keys = [*triton_quadratic.HALF_TILES['key'][128]]
     monkeypatch.setitem(triton_quadratic.HALF_TILES['key'], 128, keys)
     monkeypatch.setitem(triton_quadratic.STORED_TILES, 'matrix', triton_quadratic.STORED_TILES['matrix'])
-    bench.assign('triton_quadratic.STORED_TOKENS=0')
+    bench.assign('triton_quadratic.STORED_TOKENS[128]=0')
     bench.assign("block.SETTINGS['mix_rows'] = (2, 4)")
     bench.assign("triton_quadratic.HALF_TILES['key'][128][0]=(64, 16, 4, 3)")
     bench.assign("triton_quadratic.STORED_TILES['matrix']=((64, 32, 4, 2, 16),)")
     bench.assign('triton_chunkwise_tiles.CHUNK=128')
-    assert triton_quadratic.STORED_TOKENS == 0
+    assert triton_quadratic.STORED_TOKENS[128] == 0
     limits = DeviceLimits((9, 0), 227 * 1024, 132)
     assert triton_chunkwise_tiles.choose_tiles(96, torch.bfloat16, limits).chunk == 128
     assert block.SETTINGS['mix_rows'] == (2, 4)

@@ -21,8 +21,15 @@ on_kernels = pytest.mark.skipif(
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 FULL_WIDTH = pytest.mark.parametrize(
     ('dims', 'grid'),
-    [(192, (14, 14)), (384, (12, 17)), (768, (7, 9)), (192, (32, 32)), (384, (19, 23)), (192, (34, 38))],
-    ids=['T', 'S', 'B', 'T-512px', 'S-long', 'T-chunkwise'],
+    [
+        pytest.param(192, (14, 14), id='T'),
+        pytest.param(384, (12, 17), id='S'),
+        pytest.param(768, (7, 9), id='B'),
+        pytest.param(192, (32, 32), id='T-512px'),
+        pytest.param(384, (19, 23), id='S-long'),
+        pytest.param(768, (20, 24), id='B-long'),
+        pytest.param(192, (34, 38), id='T-chunkwise'),
+    ],
 )
 
 

@@ -148,15 +148,28 @@ def test_sums_of_weights(reverse: bool, device: torch.device) -> None:
     torch.testing.assert_close(sums.flip(2) if reverse else sums, h[..., 7], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(('length', 'dim'), [(1, 16), (64, 40), (65, 96), (75, 384), (200, 13), (260, 32)])
+@pytest.mark.parametrize(('length', 'dim'), [(1, 16), (64, 40), (65, 96), (75, 384), (200, 13), (260, 32), (330, 8)])
 def test_both_ways_through_the_backward_pass(length: int, dim: int, device: torch.device) -> None:
-    """With matrices in memory and without; one to five blocks of tokens, several pieces of channels, none whole."""
+    """With matrices in memory and without; one to six blocks of tokens, several pieces of channels, none whole."""
     inputs, dh = make_inputs((1, 2, length, dim), torch.float16, device, token_major=dim == 96)
     reference = expected(inputs, dh, True)
     h, saved = triton_quadratic.forward(*inputs, True, EPS)
     for stored in (False, True):
         actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, True, EPS, stored=stored)]
         assert_all_close(actual, reference, TOLERANCE[torch.float16])
+
+
+def test_matrices_are_stored_where_that_is_faster() -> None:
+    def stores(length: int, dim: int, dtype: torch.dtype, products: bool) -> bool:
+        q = torch.empty(0, 4, length, dim, dtype=dtype)
+        return triton_quadratic._stores_matrices(q, torch.empty(0) if products else None)
+
+    assert stores(196, 96, torch.bfloat16, True)
+    assert not stores(196, 96, torch.bfloat16, False)  # dh.h would need a kernel of its own
+    assert not stores(257, 96, torch.bfloat16, True)
+    assert [stores(length, 192, torch.float16, False) for length in (196, 1024, 1025)] == [True, True, False]
+    assert stores(2304, 384, torch.bfloat16, False)
+    assert not stores(196, 192, torch.float32, True)
 
 
 def test_every_setting_of_stored_matrices(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
