@@ -5,13 +5,24 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-__all__ = ['Stopwatch', 'commit', 'copy_rate', 'environment', 'graphed', 'matmul_rate', 'table', 'write_json']
+__all__ = [
+    'Stopwatch',
+    'commit',
+    'copy_rate',
+    'environment',
+    'graphed',
+    'host_rate',
+    'matmul_rate',
+    'table',
+    'write_json',
+]
 
 FLUSH_BYTES = 512 * 2**20
 
@@ -126,6 +137,22 @@ def environment() -> dict[str, object]:
         'commit': commit(),
         'date': datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def host_rate() -> float:
+    """Measure how fast this host runs Python, which launches kernels one by one.
+
+    Returns:
+        Additions in a loop, per second; best of five.
+    """
+
+    def seconds() -> float:
+        start, total = time.perf_counter(), 0
+        for number in range(100_000):
+            total += number
+        return time.perf_counter() - start
+
+    return 100_000 / min(seconds() for _ in range(5))
 
 
 def table(rows: list[dict[str, object]], columns: list[str]) -> str:
