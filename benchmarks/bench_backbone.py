@@ -323,7 +323,7 @@ def worker(options: argparse.Namespace) -> dict[str, object]:
         rows.append(measure_model(name, size, images, state, exact, options, stopwatch))
         torch.cuda.empty_cache()
     arch = VisionLSTM.arch_zoo[size]
-    if options.profile:  # last: from the first profile on, every launch takes the host longer
+    if options.profile:  # last: a process launches more slowly from its first profile on
         for row in rows:
             if 'error' not in row:
                 model, _ = build(row['model'], size, pixels, state)
