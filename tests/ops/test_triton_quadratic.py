@@ -61,13 +61,15 @@ def test_row_statistics(name: str, device: torch.device) -> None:
         assert_close(x.flip(-1).cpu() if reverse else x.cpu(), data[key], 1e-5, key)
 
 
+@pytest.mark.parametrize('stored', [False, True], ids=['anew', 'stored'])
 @pytest.mark.parametrize('name', [x for x in golden_names('mlstm_cell_ext') if '_i_' not in x or 'mixed' in x])
-def test_extreme_gates_in_half_precision(name: str, device: torch.device) -> None:
+def test_extreme_gates_in_half_precision(name: str, stored: bool, device: torch.device) -> None:
     data = golden_arrays(name)
     inputs = [data[key].to(device, torch.float16 if key in 'qkv' else torch.float32) for key in ('q', 'k', 'v')]
     inputs += [data['igate'].to(device), data['fgate'].to(device)]
     reverse, dh = bool(data['reverse']), data['dh'].to(device, torch.float16)
-    actual = computed(lambda *x: mlstm_triton(*x, reverse, EPS, 'quadratic'), inputs, dh)
+    h, saved = triton_quadratic.forward(*inputs, reverse, EPS)
+    actual = [h, *triton_quadratic.backward(dh, *inputs, h, saved, reverse, EPS, stored=stored)]
     assert_all_close(actual, expected(inputs, dh, reverse), 5e-3)
 
 
@@ -77,6 +79,16 @@ def test_closed_input_gates_give_zero_and_finite_gradients(igate: float, device:
     inputs[3].fill_(igate)
     h, *gradients = computed(lambda *x: mlstm_triton(*x, False, EPS, 'quadratic'), inputs, dh)
     assert (h == 0).all()
+    assert all(torch.isfinite(x).all() for x in gradients)
+
+
+@pytest.mark.parametrize('igate', [-95.0, -200.0])
+def test_closed_input_gates_with_stored_matrices(igate: float, device: torch.device) -> None:
+    inputs, dh = make_inputs((1, 1, 70, 16), torch.float16, device)
+    inputs[3].fill_(igate)
+    h, saved = triton_quadratic.forward(*inputs, False, EPS)
+    assert (h == 0).all()
+    gradients = triton_quadratic.backward(dh, *inputs, h, saved, False, EPS, stored=True)
     assert all(torch.isfinite(x).all() for x in gradients)
 
 
