@@ -143,7 +143,14 @@ def _tiles(given: Tiles | None, kernel: str, q: Tensor) -> list[Tiles]:
 
 
 def stored_tokens(head_dim: int) -> int:
-    """Longest sequence whose backward pass stores matrices, where the dtype and what is at hand allow it."""
+    """Look up where matrices are stored.
+
+    Args:
+        head_dim: DH, 1 to 512.
+
+    Returns:
+        Tokens of the longest sequence whose backward pass may store matrices of S x S.
+    """
     return next(tokens for largest, tokens in STORED_TOKENS.items() if head_dim <= largest)
 
 
