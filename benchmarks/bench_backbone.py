@@ -261,6 +261,17 @@ def build(name: str, size: str, pixels: int, state: dict[str, Tensor]) -> tuple[
     return model.cuda().eval(), maker
 
 
+def profile_model(row: dict[str, object], images: Tensor, state: dict[str, Tensor], dims: int) -> None:
+    """Fill in a measured row's table of kernels, with a model made anew."""
+    model, _ = build(row['model'], row['size'], row['pixels'], state)
+    try:
+        row['profile'] = profile(model, images, row['tokens'], dims)
+    except torch.cuda.OutOfMemoryError:
+        row['error'] = 'out of memory'
+    del model
+    torch.cuda.empty_cache()
+
+
 def measure_model(
     name: str, size: str, images: Tensor, state: dict[str, Tensor], exact: tuple, options: argparse.Namespace,
     stopwatch: Stopwatch,
@@ -272,7 +283,8 @@ def measure_model(
     if name == 'parallel' and tokens > PARALLEL_TOKENS:
         return {**row, 'error': 'left out: too large'}
     model, maker = build(name, size, pixels, state)
-    row.update({'made_by': maker} if maker else {})
+    if maker is not None:
+        row['made_by'] = maker
 
     def check(candidate: nn.Module) -> dict[str, object]:
         if name == 'deit':
@@ -323,13 +335,10 @@ def worker(options: argparse.Namespace) -> dict[str, object]:
         rows.append(measure_model(name, size, images, state, exact, options, stopwatch))
         torch.cuda.empty_cache()
     arch = VisionLSTM.arch_zoo[size]
-    if options.profile:  # last: a process launches more slowly from its first profile on
+    if options.profile:  # last, so that nothing is timed in a process that a profiler has run in
         for row in rows:
             if 'error' not in row:
-                model, _ = build(row['model'], size, pixels, state)
-                row['profile'] = profile(model, images, row['tokens'], arch['embed_dims'])
-                del model
-                torch.cuda.empty_cache()
+                profile_model(row, images, state, arch['embed_dims'])
     add_ratios(rows, arch['num_layers'], arch['embed_dims'], rates)
     return {'environment': environment(), 'rates': rates, 'rows': rows}
 

@@ -80,7 +80,8 @@ FLOAT_TILES: dict[int, list[Tiles]] = {
 # dk and dv in one kernel read q and dh once but hold two accumulators; above this many columns they are two launches.
 JOINT_KEY_COLUMNS = 128
 # Longest sequence of 16-bit inputs whose backward pass stores matrices of S x S, by largest DH. For small heads those
-# kernels are hardly faster, and only if dh.h of each row is at hand; for long sequences they are slower.
+# kernels are hardly faster, and only if dh.h of each row is at hand; at 576 tokens they are slower. For others these
+# are the lengths up to which 'auto' trains in the quadratic form; beyond, nothing was timed, and memory grows with S^2.
 STORED_TOKENS = {128: 256, 256: 1024, 512: 2304}
 STORED_WITHOUT_PRODUCTS = 128
 STORED_COLUMNS = 192

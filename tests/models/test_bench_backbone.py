@@ -206,3 +206,19 @@ def test_rows_of_several_files(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"one device, got those of \['another card', 'card'\]"):
         rows_of(paths.values())
+
+
+def test_a_profile_without_memory_leaves_the_measured_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def profile(_: object, images: torch.Tensor, tokens: int, dims: int) -> list[tuple]:
+        if len(images) > 2:
+            raise torch.cuda.OutOfMemoryError
+        return [(tokens, dims)]
+
+    monkeypatch.setattr(bench, 'build', lambda *_: (torch.nn.Identity(), None))
+    monkeypatch.setattr(bench, 'profile', profile)
+    row = {'model': 'fused', 'size': 'tiny', 'pixels': 224, 'tokens': 196, 'forward': 1.0}
+    few, many = dict(row), dict(row)
+    bench.profile_model(few, torch.empty(2), {}, 192)
+    bench.profile_model(many, torch.empty(3), {}, 192)
+    assert few == {**row, 'profile': [(196, 192)]}
+    assert many == {**row, 'error': 'out of memory'}

@@ -11,7 +11,7 @@ from mmvil.ops.triton_launch import DeviceLimits, Tiles
 
 
 def test_settings_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(triton_quadratic.STORED_TOKENS, 128, 256)
+    monkeypatch.setitem(triton_quadratic.STORED_TOKENS, 128, triton_quadratic.STORED_TOKENS[128])
     monkeypatch.setattr(triton_chunkwise_tiles, 'CHUNK', triton_chunkwise_tiles.CHUNK)
     monkeypatch.setitem(block.SETTINGS, 'mix_rows', block.SETTINGS['mix_rows'])
     keys = [*triton_quadratic.HALF_TILES['key'][128]]
