@@ -1,7 +1,7 @@
 """Blocks of the sizes T, S and B under other settings of their kernels, and one pass of a block for a profiler.
 
     python benchmarks/bench_block.py --scenes T "T train" --set "triton_quadratic.STORED_TOKENS[128]=0" \
-        --set "block.SETTINGS['mix_rows']=(2, 4)"
+        --set "block.SETTINGS['mix_rows']=(2, 2, 4)"
     ncu --profile-from-start off --clock-control none --kernel-name regex:_kernel$ \
         --section SpeedOfLight --section Occupancy --section WarpStateStats \
         python benchmarks/bench_block.py --scenes T "T train" --one-pass

@@ -55,11 +55,12 @@ LOWERED = ('up_w', 'up_b', 'down_w')
 # that cuBLAS and an addition are faster (`bench_block.py --set block.DOWN_MAX_DIMS=1024`).
 DOWN_TILES = (Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
 DOWN_MAX_DIMS = 256
-# Elements or tokens of a tile, warps; 'mix_rows' are the steps of a mixing program over a grid and over a sequence.
+# Elements or tokens of a tile, warps; 'mix_rows' are the fewest and most steps of a mixing program over a grid, and its
+# steps over a sequence.
 SETTINGS = {
     'norm': (4096, 4),
     'residual': (4096, 4),
-    'mix_rows': (4, 4),
+    'mix_rows': (4, 6, 4),
     'gates': (64, 2),
     'scan': (SCAN_TOKENS, 8),
 }
@@ -172,6 +173,12 @@ def _prepare(
     return MixWeights(constant, conv_w, turned, values, matrices, gate_matrices, kinds), found, normalised
 
 
+def _strip_height(rows: int) -> int:
+    """Rows of a grid that a mixing program walks down: those that leave the last strip fullest, the most of such."""
+    fewest, most, _ = SETTINGS['mix_rows']
+    return min(range(most, fewest - 1, -1), key=lambda height: -rows % height)
+
+
 def _mix(
     shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None], folded: int
 ) -> tuple[Tensor, ...]:
@@ -196,14 +203,14 @@ def _mix(
     }  # fmt: skip
     if shape.two_dimensional:
         rows, columns = shape.grid
-        height = SETTINGS['mix_rows'][0]
+        height = _strip_height(rows)
         blocks = ceil_div(rows, height)
         strips = ceil_div(shape.batch * ceil_div(columns, 2), MIX_PAIRS) * blocks
         mix_kernels.mix2d_kernel[(parts * strips,)](
             *tensors, rows, columns, shape.inner, height, blocks, parts, **options
         )
     else:
-        height = SETTINGS['mix_rows'][1]
+        height = SETTINGS['mix_rows'][2]
         blocks = ceil_div(shape.tokens, 2 * MIX_PAIRS * height)
         mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
             *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options

@@ -230,6 +230,16 @@ def mix2d_kernel(
     inside = _inside(channel, E, EVEN)
     has0, has1 = (live & (col > 0))[:, None] & inside, live[:, None] & inside
     has2, has3 = live_odd[:, None] & inside, (live & (col + 2 < GW))[:, None] & inside
+    first_row = (strip % row_blocks) * ROWS
+    line = a_ptr + (batch * a_batch + (first_row - 1).to(tl.int64) * GW * a_row + col * a_row)[:, None]
+    line += channel[None, :]
+    above, below = first_row > 0, first_row + 1 < GH
+    # All that a program waits for is asked for at once.
+    x0, x1, x2, x3 = _load_line(line, a_row, has0 & above, has1 & above, has2 & above, has3 & above)
+    line += GW * a_row
+    y0, a_even, a_odd, y3 = _load_line(line, a_row, has0, has1, has2, has3)
+    line += GW * a_row
+    n0, n1, n2, n3 = _load_line(line, a_row, has0 & below, has1 & below, has2 & below, has3 & below)
     SIZE: tl.constexpr = WIDTH // 2 if SPLIT else WIDTH
     matrices = _matrices(matrix_ptr, part, 0, SIZE, FOLDED)
     matrices_high = matrices
@@ -245,22 +255,12 @@ def mix2d_kernel(
     w6 = _per_channel(conv_ptr + 6 * E, channel, E, EVEN, PAIRS)
     w7 = _per_channel(conv_ptr + 7 * E, channel, E, EVEN, PAIRS)
     w8 = _per_channel(conv_ptr + 8 * E, channel, E, EVEN, PAIRS)
-    first_row = (strip % row_blocks) * ROWS
-    line = a_ptr + (batch * a_batch + (first_row - 1).to(tl.int64) * GW * a_row + col * a_row)[:, None]
-    line += channel[None, :]
-    above = first_row > 0
-    x0, x1, x2, x3 = _load_line(line, a_row, has0 & above, has1 & above, has2 & above, has3 & above)
     x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
     bias = _per_channel(conv_b_ptr, channel, E, EVEN, PAIRS)
     sum_even, sum_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
-    line += GW * a_row
-    x0, a_even, a_odd, x3 = _load_line(line, a_row, has0, has1, has2, has3)
-    x0, x1, x2, x3 = x0.to(tl.float32), a_even.to(tl.float32), a_odd.to(tl.float32), x3.to(tl.float32)
+    x0, x1, x2, x3 = y0.to(tl.float32), a_even.to(tl.float32), a_odd.to(tl.float32), y3.to(tl.float32)
     sum_even, sum_odd = _three(x0, x1, x2, w3, w4, w5, sum_even), _three(x1, x2, x3, w3, w4, w5, sum_odd)
     next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
-    line += GW * a_row
-    below = first_row + 1 < GH
-    n0, n1, n2, n3 = _load_line(line, a_row, has0 & below, has1 & below, has2 & below, has3 & below)
     token = batch * S + first_row * GW + col
     for step in range(tl.minimum(ROWS, GH - first_row)):
         x0, x1, x2, x3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)

@@ -62,15 +62,6 @@ def _matrix_tile(
     """`matrix_kernel` for the first BM rows of a block. Pointers at the head's start, p and d at the block's."""
     i = row_block * BLOCK + tl.arange(0, BM)
     j = key_block * BLOCK + tl.arange(0, BLOCK)
-    score = tl.zeros((BM, BLOCK), tl.float32)
-    gradient = tl.zeros((BM, BLOCK), tl.float32)
-    for first in range(0, DH, BK):
-        q_tile = _tile(q, q_step, i, S, first, BK, DH, DH % BK == 0)
-        k_tile = _tile(k, k_step, j, S, first, BK, DH, DH % BK == 0)
-        score = tl.dot(q_tile, tl.trans(k_tile), score, input_precision='ieee')
-        dh_tile = _tile(dh, dh_step, i, S, first, BK, DH, DH % BK == 0)
-        v_tile = _tile(v, v_step, j, S, first, BK, DH, DH % BK == 0)
-        gradient = tl.dot(dh_tile, tl.trans(v_tile), gradient, input_precision='ieee')
     exists = i < S
     n = tl.load(stats + NORMALISER * plane + i, mask=exists, other=0.0)
     floor = tl.exp(-tl.load(stats + STABILISER * plane + i, mask=exists, other=0.0))
@@ -84,6 +75,15 @@ def _matrix_tile(
     row += log_scale - tl.log2(tl.maximum(tl.abs(n), floor) + eps)
     g = tl.load(stats + G_HI * plane + j, mask=j < S, other=float('-inf')) - start_hi
     g += tl.load(stats + G_LO * plane + j, mask=j < S, other=0.0) - start_lo
+    score = tl.zeros((BM, BLOCK), tl.float32)
+    gradient = tl.zeros((BM, BLOCK), tl.float32)
+    for first in range(0, DH, BK):
+        q_tile = _tile(q, q_step, i, S, first, BK, DH, DH % BK == 0)
+        k_tile = _tile(k, k_step, j, S, first, BK, DH, DH % BK == 0)
+        score = tl.dot(q_tile, tl.trans(k_tile), score, input_precision='ieee')
+        dh_tile = _tile(dh, dh_step, i, S, first, BK, DH, DH % BK == 0)
+        v_tile = _tile(v, v_step, j, S, first, BK, DH, DH % BK == 0)
+        gradient = tl.dot(dh_tile, tl.trans(v_tile), gradient, input_precision='ieee')
     weight = tl.where(i[:, None] >= j[None, :], tl.exp2(g[None, :] + row[:, None]), 0.0)
     gradient = (gradient + e[:, None]) * weight
     product = gradient * score

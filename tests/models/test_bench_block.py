@@ -18,14 +18,14 @@ def test_settings_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(triton_quadratic.HALF_TILES['key'], 128, keys)
     monkeypatch.setitem(triton_quadratic.STORED_TILES, 'matrix', triton_quadratic.STORED_TILES['matrix'])
     bench.assign('triton_quadratic.STORED_TOKENS[128]=0')
-    bench.assign("block.SETTINGS['mix_rows'] = (2, 4)")
+    bench.assign("block.SETTINGS['mix_rows'] = (2, 2, 4)")
     bench.assign("triton_quadratic.HALF_TILES['key'][128][0]=(64, 16, 4, 3)")
     bench.assign("triton_quadratic.STORED_TILES['matrix']=((64, 32, 4, 2, 16),)")
     bench.assign('triton_chunkwise_tiles.CHUNK=128')
     assert triton_quadratic.STORED_TOKENS[128] == 0
     limits = DeviceLimits((9, 0), 227 * 1024, 132)
     assert triton_chunkwise_tiles.choose_tiles(96, torch.bfloat16, limits).chunk == 128
-    assert block.SETTINGS['mix_rows'] == (2, 4)
+    assert block.SETTINGS['mix_rows'] == (2, 2, 4)
     assert keys[0] == Tiles(64, 16, 4, 3)
     assert triton_quadratic.STORED_TILES['matrix'] == (Tiles(64, 32, 4, 2, 16),)
 
