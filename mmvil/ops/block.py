@@ -68,6 +68,8 @@ SETTINGS = {
 # many weights of folded projections.
 OUTPUT_TILE = (512, 1, 3, 16, 8)
 FOLDED_WIDTH = 256
+# Mixing programs that a multiprocessor should have before each takes more rows: half of those that it holds.
+MIX_PROGRAMS = 4
 NORM_EPS = 1e-5
 CELL_EPS = 1e-6
 
@@ -173,10 +175,16 @@ def _prepare(
     return MixWeights(constant, conv_w, turned, values, matrices, gate_matrices, kinds), found, normalised
 
 
-def _strip_height(rows: int) -> int:
-    """Rows of a grid that a mixing program walks down: those that leave the last strip fullest, the most of such."""
+def _strip_height(rows: int, beside: int, processors: int) -> int:
+    """Rows of a grid that a mixing program walks down, with `beside` programs for each strip of rows.
+
+    Those that leave the last strip fullest, the most of such; fewer where few programs would leave the device idle.
+    """
     fewest, most, _ = SETTINGS['mix_rows']
-    return min(range(most, fewest - 1, -1), key=lambda height: -rows % height)
+    height = min(range(most, fewest - 1, -1), key=lambda height: -rows % height)
+    while height > 1 and beside * ceil_div(rows, height) < MIX_PROGRAMS * processors:
+        height = ceil_div(height, 2)
+    return height
 
 
 def _mix(
@@ -203,10 +211,10 @@ def _mix(
     }  # fmt: skip
     if shape.two_dimensional:
         rows, columns = shape.grid
-        height = _strip_height(rows)
+        beside = parts * ceil_div(shape.batch * ceil_div(columns, 2), MIX_PAIRS)
+        height = _strip_height(rows, beside, device_limits(a.device).multiprocessors)
         blocks = ceil_div(rows, height)
-        strips = ceil_div(shape.batch * ceil_div(columns, 2), MIX_PAIRS) * blocks
-        mix_kernels.mix2d_kernel[(parts * strips,)](
+        mix_kernels.mix2d_kernel[(beside * blocks,)](
             *tensors, rows, columns, shape.inner, height, blocks, parts, **options
         )
     else:

@@ -150,6 +150,40 @@ def test_backward_programs_that_take_many_tiles(monkeypatch: pytest.MonkeyPatch,
 
 
 @on_kernels
+@pytest.mark.parametrize(('rows', 'columns'), [(14, 5), (9, 3), (1, 4)])
+@pytest.mark.parametrize('trains', [False, True])
+def test_strips_of_one_row_and_of_several(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, trains: bool
+) -> None:
+    from mmvil.ops import block
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(block_op, '_repeated', lambda function: lambda tensors, *settings: function(tensors, *settings))
+    sub_block = trained_like(ViLBlock(16)).to(DEVICE)
+    x = torch.randn(2, rows * columns, 16, device=DEVICE)
+    outputs = []
+    for programs in (0, 10**6):  # a multiprocessor should have: at most six rows a strip, one
+        monkeypatch.setattr(block, 'MIX_PROGRAMS', programs)
+        with torch.set_grad_enabled(trains):
+            outputs.append(run_fused(sub_block, x, (rows, columns)))
+    with torch.no_grad():
+        expected = sub_block.double()(x.double(), (rows, columns))
+    assert torch.equal(*outputs)
+    assert relative(outputs[0], expected) < 2e-5
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ('rows', 'beside', 'height'),
+    [(14, 10**4, 5), (24, 10**4, 6), (32, 10**4, 4), (1, 10**4, 4), (14, 176, 5), (14, 80, 2), (14, 12, 1)],
+)
+def test_rows_of_a_strip(rows: int, beside: int, height: int) -> None:
+    from mmvil.ops.block import _strip_height
+
+    assert _strip_height(rows, beside, processors=132) == height
+
+
+@on_kernels
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
 def test_drop_path_scales_whole_images(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
