@@ -3,19 +3,21 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import mlstm
 from ..ops.mlstm import AUTOCAST_DEVICES, BACKENDS
-from .fused import give_up_fused, run_fused, say_once, why_not_fused
+from .fused import can_join, give_up_fused, may_join, run_fused, run_fused_blocks, say_once, why_not_fused
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 from .streamed import can_stream, run_streamed
 
-__all__ = ['ViLBlock', 'ViLLayer']
+__all__ = ['ViLBlock', 'ViLLayer', 'run_joined']
 
 CONVOLUTIONS = ('conv2d', 'causal_conv1d', None)
 
@@ -211,6 +213,47 @@ def _try_fused(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor | 
             reason = give_up_fused(x, error)
     say_once(reason)
     return None
+
+
+CALLED = ViLBlock.__call__, ViLBlock.forward
+"""What a call of a block runs unless somebody has put something else in its place."""
+
+
+def run_joined(blocks: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
+    """Run as many of the first blocks as can go as one call on the fused kernels, without gradients.
+
+    Args:
+        blocks: Modules, of which none but the last one's result is wanted.
+        x: Tokens in row-major order, (B, S, D).
+        grid: Rows and columns of the token grid.
+
+    Returns:
+        The tokens after these blocks, and how many there were: x and 0 if less than two blocks can.
+    """
+    if not may_join(x) or _has_any_global_hook() or (ViLBlock.__call__, ViLBlock.forward) != CALLED:
+        return x, 0
+    dims = x.shape[-1]
+    joined = list(takewhile(lambda block: _is_only_called(block) and can_join(block, dims), blocks))
+    if len(joined) < 2:
+        return x, 0
+    try:
+        out = run_fused_blocks(joined, x, grid)
+    except Exception as error:
+        give_up_fused(x, error)
+        out = None
+    return (x, 0) if out is None else (out, len(joined))
+
+
+def _is_only_called(block: nn.Module) -> bool:
+    """Whether calling a module is nothing but running the forward function of a `ViLBlock`."""
+    return type(block) is ViLBlock and not (
+        block._forward_hooks
+        or block._forward_pre_hooks
+        or block._backward_hooks
+        or block._backward_pre_hooks
+        or block._compiled_call_impl
+        or 'forward' in block.__dict__
+    )
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -3,18 +3,30 @@
 The plain modules in `block.py` are the readable definition; this path computes the same with the same parameters.
 """
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..ops import custom_op
-from ..ops.block_op import fused_block
+from ..ops.block_op import fused_block, fused_blocks
+from ..ops.eager import operators_may_be_skipped
 from ..ops.mlstm import constant_when_compiled, why_not_triton
 from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure
 from . import block as plain
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 
-__all__ = ['fused_weights', 'give_up_fused', 'run_fused', 'why_not_fused']
+__all__ = [
+    'can_join',
+    'fused_weights',
+    'give_up_fused',
+    'may_join',
+    'run_fused',
+    'run_fused_blocks',
+    'why_not_fused',
+]
 
 MAX_BLOCK = 16
 """Largest edge of the projections' blocks that the kernels are made for."""
@@ -22,12 +34,8 @@ MAX_BLOCK = 16
 CONVOLUTIONS = ((3, 3), (4,))
 """Sizes of the convolutions that the kernels are made for: over the grid, along the sequence."""
 
-FORWARDS = {
-    kind.forward
-    for kind in (
-        nn.Linear, BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
-    )
-}  # fmt: skip
+KINDS = {nn.Linear, BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm}
+FORWARDS = {kind.forward for kind in KINDS}
 """What the modules of a block compute, as far as the kernels do the same. Parametrised modules keep their forward."""
 
 # Modules of a layer, and short names of their weights and biases.
@@ -42,6 +50,7 @@ SHORT_NAMES = (
     ('head_norm', 'head_w', 'head_b'),
     ('proj_down', 'down_w', 'down_b'),
 )
+OUTER_NAMES = ((None, 'norm_w', 'norm_b'), *SHORT_NAMES)  # None: the block's norm
 
 _said: set[str] = set()
 _device_reasons: dict[tuple[str, int | None, torch.dtype], str | None] = {}
@@ -57,15 +66,17 @@ def why_not_fused(module: nn.Module, x: Tensor) -> str | None:
     Returns:
         The reason, or None if the fast path can be taken.
     """
+    return _why_not_module(module) or _why_not_tokens(x)
+
+
+def _why_not_module(module: nn.Module) -> str | None:
+    """What of `why_not_fused` does not depend on the tokens."""
     layer, outer = _parts(module)
     modules = layer._modules
     if not layer.fused:
         return 'it is switched off'
     if layer.mlstm_backend not in ('auto', 'triton'):
         return f'mlstm_backend is {layer.mlstm_backend!r}'
-    dtype = compute_dtype(x)
-    if dtype == torch.float64:
-        return 'float64 runs in plain torch'
     conv = modules.get('conv')
     if conv is None or _parameter(conv, 'weight').shape[2:] not in CONVOLUTIONS:
         return 'the kernels are made for 3 x 3 or causal size-4 convolutions'
@@ -74,18 +85,26 @@ def why_not_fused(module: nn.Module, x: Tensor) -> str | None:
         return f'the kernels need a qkv_block_size that is a power of two up to {MAX_BLOCK}, got {edge}'
     if heads > 16 or layer.inner_dims // heads > MAX_HEAD_DIM:
         return f'the kernels are made for up to 16 heads of up to {MAX_HEAD_DIM} channels'
+    for part in (*outer, *modules.values()):
+        own = part.__dict__  # nn.Module's attributes take longer
+        if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks']:
+            return 'a module inside of the block has a hook'
+        if type(part).forward not in FORWARDS and type(part).forward is not plain.ViLLayer.forward:
+            return f'a {type(part).__name__} has taken the place of one of its modules'
+        if 'forward' in own:
+            return f'the forward of a {type(part).__name__} inside of the block has been replaced'
+    return None
+
+
+def _why_not_tokens(x: Tensor) -> str | None:
+    """What of `why_not_fused` is the same for all blocks."""
+    dtype, device = compute_dtype(x), x.device
+    if dtype == torch.float64:
+        return 'float64 runs in plain torch'
     if x.numel() == 0:
         return 'the batch is empty'
     if custom_op.counted_form is not None or torch.jit.is_tracing():
         return 'the plain modules are what is counted and traced'
-    for part in (*outer, *modules.values()):
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return 'a module inside of the block has a hook'
-        if type(part).forward not in FORWARDS and type(part).forward is not plain.ViLLayer.forward:
-            return f'a {type(part).__name__} has taken the place of one of its modules'
-        if 'forward' in part.__dict__:
-            return f'the forward of a {type(part).__name__} inside of the block has been replaced'
-    device = x.device
     return _why_not_here(device.type, device.index, dtype)
 
 
@@ -139,6 +158,48 @@ def run_fused(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return fused_block(x, fused_weights(module), scale, grid, layer.num_heads, layer.reverse, dtype)
 
 
+def may_join(x: Tensor) -> bool:
+    """Whether blocks may run fused as one call for these tokens: without gradients, and with nothing that watches."""
+    on_gpu = x.is_cuda and not torch.is_grad_enabled()
+    return on_gpu and operators_may_be_skipped(x) and _why_not_tokens(x) is None
+
+
+def can_join(block: nn.Module, dims: int) -> bool:
+    """Whether a block may be a part of such a call.
+
+    Modules of other kinds run alone: they may compute their parameters, which would exist for all blocks at a time.
+
+    Args:
+        block: A `ViLBlock`.
+        dims: Channels of the tokens.
+    """
+    layer = block._modules['layer']
+    as_built = layer.embed_dims == dims and KINDS.issuperset(map(type, layer._modules.values()))
+    return as_built and _why_not_module(block) is None
+
+
+def run_fused_blocks(blocks: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+    """Run `ViLBlock`s behind each other as one call on the fused kernels, without gradients.
+
+    Args:
+        blocks: Blocks for which `can_join` holds.
+        x: Tokens, (B, S, D), for which `may_join` holds.
+        grid: Rows and columns of the token grid.
+
+    Returns:
+        (B, S, D), as by `run_fused` block by block; None if parameters are of a kind that asks for that.
+    """
+    dtype = compute_dtype(x)
+    with _WithoutAutocast(x.device.type):
+        weights = [fused_weights(block) for block in blocks]
+        if not operators_may_be_skipped(*chain.from_iterable(named.values() for named in weights)):
+            return None
+        scales = [block._modules['drop_path'].factors(x) for block in blocks]
+        layers = [block._modules['layer'] for block in blocks]
+        kinds = [(layer.num_heads, layer.reverse) for layer in layers]
+        return fused_blocks(x, weights, scales, kinds, grid, dtype)
+
+
 class _WithoutAutocast:
     """`torch.autocast(kind, enabled=False)` without its checks, which take the host longer than a kernel's launch."""
 
@@ -181,11 +242,13 @@ def fused_weights(module: nn.Module) -> dict[str, Tensor]:
     """
     layer, outer = _parts(module)
     modules = layer._modules
-    parts = [(modules[name], weight, bias) for name, weight, bias in SHORT_NAMES]
     named = {'skip': _parameter(layer, 'skip')}
-    for part, weight, bias in [(outer[0], 'norm_w', 'norm_b'), *parts] if outer else parts:
-        named[weight] = _parameter(part, 'weight')
-        value = _parameter(part, 'bias')
+    for name, weight, bias in OUTER_NAMES if outer else SHORT_NAMES:
+        part = outer[0] if name is None else modules[name]
+        own = part._parameters
+        # Not by .get(), which needs what it would give else: attributes of modules take long to find.
+        named[weight] = own['weight'] if 'weight' in own else part.weight  # noqa: SIM401
+        value = own['bias'] if 'bias' in own else part.bias  # noqa: SIM401
         if value is not None:
             named[bias] = value
     return named

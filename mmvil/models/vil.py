@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..registry import MODELS
-from .block import ViLBlock
+from .block import ViLBlock, run_joined
 from .checkpoint import load_strictly, read_checkpoint, select_prefix, unwrap_state_dict
 from .graphed import TrainingGraphs
 from .layers import PatchEmbed, ResidualLayerNorm, check_drop_path_rate, patch_grid, resample_positions, to_pair
@@ -206,14 +206,17 @@ class VisionLSTM(BaseModule):
         positions = resample_positions(self.pos_embed, grid, self.interpolate_mode)
         # Under autocast the residual stream is float32 from here on; token-major, or every norm would copy it.
         tokens = (tokens + positions).flatten(1, 2).contiguous()
-        outputs = {}
-        for index, block in enumerate(self.blocks):
-            if self.with_cp and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, grid, use_reentrant=False)
-            else:
-                tokens = block(tokens, grid)
-            if index in self.out_indices:
-                outputs[index] = self._format_output(tokens, grid, index)
+        outputs, blocks, done = {}, list(self.blocks), 0
+        while done < len(blocks):
+            wanted = min((index for index in self.out_indices if index >= done), default=len(blocks) - 1)
+            tokens, joined = run_joined(blocks[done : wanted + 1], tokens, grid)
+            if not joined and self.with_cp and torch.is_grad_enabled():
+                tokens = checkpoint(blocks[done], tokens, grid, use_reentrant=False)
+            elif not joined:
+                tokens = blocks[done](tokens, grid)
+            done += joined or 1
+            if done - 1 in self.out_indices:
+                outputs[done - 1] = self._format_output(tokens, grid, done - 1)
         return tuple(outputs[index] for index in self.out_indices)
 
     def _format_output(self, tokens: Tensor, grid: tuple[int, int], index: int) -> Tensor:

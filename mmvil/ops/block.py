@@ -325,6 +325,7 @@ def block_forward(
     gates, stats = _gates(shape, cell, heads[0], shares, mix, weights)
     known = {'stats': stats, 'scores': gates[2] if mix.kinds > 2 else None} if cell is triton_quadratic else {}
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS, sums=folded > NOTHING, **known)
+    del normalised, q, k, heads  # their memory is free for what comes
     y = _output(shape, h, pre, z, mix, cell.row_sums(statistics), weights, folded)
     if weights['norm_w'] is not None:
         out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)

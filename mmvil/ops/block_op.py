@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .eager import operators_may_be_skipped
 from .triton_launch import choose_form, dot_precision, empty_rows_like, interpreting, is_compile_failure
 
-__all__ = ['WEIGHTS', 'fused_block']
+__all__ = ['WEIGHTS', 'fused_block', 'fused_blocks']
 
 WEIGHTS = (
     'norm_w', 'norm_b', 'up_w', 'up_b', 'conv_w', 'conv_b', 'wq', 'bq', 'wk', 'bk', 'wv', 'bv', 'wi', 'bi', 'wf', 'bf',
@@ -31,6 +31,9 @@ gates' gradients as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above 
 """
 ABSENT = dict.fromkeys(WEIGHTS)
 GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
+
+# Taking down a whole model's blocks costs as much host time as some thirty calls gain by it.
+JOINED_FIRST_CALLS = 8
 
 _built: set[tuple] = set()
 
@@ -46,8 +49,8 @@ def _backward_launchers() -> ModuleType:
 
 
 @functools.cache
-def _repeated(function: Callable[..., list[Tensor | None]]) -> Callable[..., list[Tensor | None]]:
-    return importlib.import_module('.launch_tape', __package__).Repeated(function)
+def _repeated(function: Callable[..., list[Tensor | None]], first_calls: int = 1) -> Callable[..., list[Tensor | None]]:
+    return importlib.import_module('.launch_tape', __package__).Repeated(function, first_calls)
 
 
 @functools.cache
@@ -249,6 +252,19 @@ def _run_forward(
     return [out, *saved, *statistics]
 
 
+def _run_forwards(
+    tensors: Sequence[Tensor], _: torch.Size, blocks: Sequence[tuple], rows: int, columns: int, dtype: torch.dtype,
+    precision: str,
+) -> list[Tensor]:  # fmt: skip
+    """What `fused_blocks` repeats, for blocks of (names, heads, reverse, scaled). Until then each is repeated alone."""
+    x, *rest = tensors
+    for names, heads, reverse, scaled in blocks:
+        count = len(names)
+        weights, scale, rest = rest[:count], rest[count] if scaled else None, rest[count + scaled :]
+        (x,) = _forward(x, names, weights, scale, (rows, columns, heads, reverse), dtype, keep=False)
+    return [x]
+
+
 def _build_backward(
     shape: object, out: Tensor, x: Tensor, saved: Sequence[Tensor], statistics: Sequence[Tensor],
     named: dict[str, Tensor | None], scale: Tensor | None,
@@ -377,3 +393,34 @@ def fused_block(
     if with_gradients:
         return _EagerBlock.apply(x, tuple(weights), scale, sizes, dtype, *tensors)
     return _forward(x, tuple(weights), tensors, scale, sizes, dtype, keep=False)[0]
+
+
+def fused_blocks(
+    x: Tensor,
+    weights: Sequence[dict[str, Tensor]],
+    scales: Sequence[Tensor | None],
+    kinds: Sequence[tuple[int, bool]],
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run ViL blocks behind each other as one call, without gradients and where operators may be skipped.
+
+    It is repeated as a whole: one look at all parameters, and one buffer for what is needed in between.
+
+    Args:
+        x: Residual stream, (B, S, D).
+        weights: Of each block as for `fused_block`, with norms.
+        scales: Of each block as for `fused_block`.
+        kinds: Heads and reverse of each block.
+        grid: Rows and columns of the token grid.
+        dtype: As for `fused_block`.
+
+    Returns:
+        (B, S, D).
+    """
+    tensors, settings = [x.contiguous()], []
+    for named, scale, kind in zip(weights, scales, kinds, strict=True):
+        tensors += named.values() if scale is None else (*named.values(), scale)
+        settings.append((tuple(named), *kind, scale is not None))
+    run = _repeated(_run_forwards, JOINED_FIRST_CALLS)
+    return run(tensors, x.shape, tuple(settings), *grid, dtype, dot_precision(dtype))[0]

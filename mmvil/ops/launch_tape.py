@@ -5,10 +5,9 @@ takes the host several times as long as launching does. A tape is such a call bo
 It holds no tensors and is found by everything that the launcher's decisions may rest on, asked at each call.
 """
 
-import enum
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import attrgetter, itemgetter, mul, or_
 
@@ -33,15 +32,12 @@ not be the right ones.
 """
 
 
-class _State(enum.Enum):
-    """What there is in place of a tape."""
-
-    SEEN = enum.auto()
-    REFUSED = enum.auto()
+REFUSED = -1
+"""In place of a tape: there cannot be one."""
 
 
 class Repeated:
-    """A function of tensors that runs as Python twice and then, for the same settings and layouts, from a tape.
+    """A function of tensors that runs as Python a few times and then, for the same settings and layouts, from a tape.
 
     What the function does may depend on nothing but its settings and the tensors' device, dtypes, numbers of elements,
     strides and addresses modulo 16: it must not read values, nor take shapes from tensors that the settings and the
@@ -51,11 +47,13 @@ class Repeated:
 
     Args:
         function: Takes a list of tensors and settings, which are hashable; gives a list of tensors and Nones.
+        first_calls: Calls with the same settings and layouts before the one that is recorded. One may compile kernels,
+            and may be the only one with its sizes.
     """
 
-    def __init__(self, function: Callable[..., list[Tensor | None]]) -> None:
-        self._function = function
-        self._tapes: dict[tuple, Tape | _State] = {}
+    def __init__(self, function: Callable[..., list[Tensor | None]], first_calls: int = 1) -> None:
+        self._function, self._first_calls = function, first_calls
+        self._tapes: dict[tuple, Tape | int] = {}  # numbers of calls while there is no tape
 
     def __call__(self, tensors: Sequence[Tensor], *settings: object) -> list[Tensor | None]:
         """Results of the function, run with the tensors' device as the current one."""
@@ -80,19 +78,19 @@ class Repeated:
     def _repeat(self, tensors: Sequence[Tensor], settings: tuple, device: int) -> list[Tensor | None]:
         addresses = list(map(Tensor.data_ptr, tensors))
         key = device, settings, *_layouts(tensors), _misalignment(addresses)
-        tape = self._tapes.get(key)
+        tape = self._tapes.get(key, 0)
         if type(tape) is Tape:
             results = tape.play(tensors, addresses, driver.active.get_current_stream(device))
             return self._run(tensors, settings) if results is None else results
-        if tape is _State.REFUSED:
+        if tape == REFUSED:
             return self._run(tensors, settings)
         if len(self._tapes) >= MAX_TAPES:
             self._tapes.clear()
-        if tape is None:  # the first call may compile kernels, and may be the only one with its sizes
-            results, self._tapes[key] = self._run(tensors, settings), _State.SEEN
+        if tape < self._first_calls:
+            results, self._tapes[key] = self._run(tensors, settings), tape + 1
         else:
             results, noted = record(self._function, tensors, settings)
-            self._tapes[key] = _State.REFUSED if noted is None else _Editor(*noted).tape
+            self._tapes[key] = REFUSED if noted is None else _Editor(*noted).tape
         return results
 
 
@@ -159,6 +157,7 @@ class _Editor:
     def __init__(self, given: Sequence[Memory], steps: Sequence[Launch | Call], results: Sequence[View | None]) -> None:
         self._values: list[object] = [None] * (2 * len(given))
         self._steps: list[Step] = []
+        self._constants: dict[object, int] = {}
         self._tensors: dict[tuple, int] = {}
         self._homes: dict[Memory, tuple[_Buffer, int]] = {}  # with the distance from the buffer's start
         for number, memory in enumerate(given):
@@ -169,15 +168,17 @@ class _Editor:
         allocated = [
             x for x in dict.fromkeys(view.memory for view in [*arguments, *views_among(results)]) if x.allocated
         ]
-        buffers = [self._own_buffer(memory) for memory in allocated if memory.returned]
-        buffers += self._shared_buffers([memory for memory in allocated if not memory.returned])
+        own = [memory for memory in allocated if memory.returned]
+        shared = self._shared_buffers([memory for memory in allocated if not memory.returned])
         for number, step in enumerate(steps):
+            self._allocate(memory for memory in own if memory.first == number)
             self._steps.append(self._call(step) if isinstance(step, Call) else self._launch(step))
             done = [x for x in self._homes if not (x.given or x.allocated or x.returned) and x.last == number]
             if done:
                 self._steps.append(_releasing(self._tensors_in(done)))
+        self._allocate(memory for memory in own if memory.first == len(steps))
         places = [self._place(None) if view is None else self._tensor(view) for view in results]
-        first = [_allocating(buffer) for buffer in buffers]
+        first = [_allocating(buffer) for buffer in shared]
         first += [_locating(x) for x in (self._homes[memory][0] for memory in given) if len(x.addresses) > 1]
         self.tape = Tape(self._values, [*first, *self._steps], places)
 
@@ -186,14 +187,25 @@ class _Editor:
         self._values.append(value)
         return len(self._values) - 1
 
-    def _own_buffer(self, memory: Memory) -> _Buffer:
-        """For memory that others must not share, as results must not that outlive each other."""
-        size, stride = memory.size, memory.stride
-        if math.prod(size) * memory.dtype.itemsize != memory.bytes or stride != _dense(size):
-            size, stride = [memory.bytes // memory.dtype.itemsize], [1]
-        buffer = _Buffer(self._place(None), size, stride, memory.dtype)
-        self._homes[memory] = buffer, 0
-        return buffer
+    def _constant(self, value: object) -> int:
+        """Place of something that stays as it is; equal numbers have one, as the list is copied at each call."""
+        key = value if type(value) is int else (id(value),)  # the list keeps it alive
+        if key not in self._constants:
+            self._constants[key] = self._place(value)
+        return self._constants[key]
+
+    def _allocate(self, memories: Iterable[Memory]) -> None:
+        """Buffers for memory that others must not share, as results must not that outlive each other.
+
+        They are made when they are needed: what is done with by then may give its memory.
+        """
+        for memory in memories:
+            size, stride = memory.size, memory.stride
+            if math.prod(size) * memory.dtype.itemsize != memory.bytes or stride != _dense(size):
+                size, stride = [memory.bytes // memory.dtype.itemsize], [1]
+            buffer = _Buffer(self._place(None), size, stride, memory.dtype)
+            self._homes[memory] = buffer, 0
+            self._steps.append(_allocating(buffer))
 
     def _shared_buffers(self, memories: Sequence[Memory]) -> list[_Buffer]:
         """A buffer for each dtype of the tensors that torch is called with; others lie in one of them."""
@@ -216,7 +228,7 @@ class _Editor:
     def _address(self, view: View) -> int:
         """Place of a tensor's address."""
         if 0 in view.size:
-            return self._place(0)
+            return self._constant(0)
         buffer, start = self._homes[view.memory]
         offset = start + view.offset
         if offset not in buffer.addresses:
@@ -238,11 +250,11 @@ class _Editor:
         return self._tensors[key]
 
     def _launch(self, launch: Launch) -> Step:
-        places = [self._address(x) if isinstance(x, View) else self._place(x) for x in launch.arguments]
+        places = [self._address(x) if isinstance(x, View) else self._constant(x) for x in launch.arguments]
         return _launching(launch.run, *launch.grid, itemgetter(*places))
 
     def _call(self, call: Call) -> Step:
-        places = [self._tensor(x) if isinstance(x, View) else self._place(x) for x in call.arguments]
+        places = [self._tensor(x) if isinstance(x, View) else self._constant(x) for x in call.arguments]
         result = call.result
         buffer = _Buffer(self._place(None), result.size, result.stride, result.dtype)
         self._homes[call.result] = buffer, 0
@@ -255,9 +267,12 @@ def _dense(size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _pack(memories: Sequence[Memory]) -> tuple[dict[Memory, int], int]:
-    """Starts in a buffer, in bytes, where what is used at the same time does not overlap; and the buffer's size."""
+    """Starts in a buffer, in bytes, where what is used at the same time does not overlap; and the buffer's size.
+
+    Large parts come first: small ones then fit in between.
+    """
     placed: list[tuple[int, int, Memory]] = []
-    for memory in memories:
+    for memory in sorted(memories, key=attrgetter('bytes'), reverse=True):
         start, size = 0, -(-memory.bytes // PART_ALIGNMENT) * PART_ALIGNMENT
         for other_start, other_end, other in sorted(placed, key=itemgetter(0)):
             if other.last < memory.first or memory.last < other.first:
@@ -271,12 +286,12 @@ def _pack(memories: Sequence[Memory]) -> tuple[dict[Memory, int], int]:
 
 def _allocating(buffer: _Buffer) -> Step:
     """A buffer without content."""
-    size, dtype, place, addresses = buffer.size, buffer.dtype, buffer.place, tuple(buffer.addresses.items())
+    size, dtype, place = buffer.size, buffer.dtype, buffer.place
 
     def step(values: list, stream: int) -> int:
         values[place] = tensor = values[0].new_empty(size, dtype=dtype)
         start = tensor.data_ptr()
-        for offset, target in addresses:
+        for offset, target in buffer.addresses.items():
             values[target] = start + offset
         return start % SPECIALISED_ALIGNMENT
 

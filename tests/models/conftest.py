@@ -1,7 +1,7 @@
 """The fast path of blocks on any device; one process as a group of its own."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,18 @@ from mmvil.ops.triton_launch import interpreting
 @pytest.fixture
 def fused_runs(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Count by class what is run on the fused kernels."""
-    runs, run_fused = Counter(), block.run_fused
+    runs, run_fused, run_fused_blocks = Counter(), block.run_fused, block.run_fused_blocks
 
     def counting(module: ViLBlock | ViLLayer, x: Tensor, grid: tuple[int, int]) -> Tensor:
         runs[type(module).__name__] += 1  # before: recomputation in a backward pass leaves as soon as it can
         return run_fused(module, x, grid)
 
+    def counting_joined(modules: Sequence[ViLBlock], x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        runs['ViLBlock'] += len(modules)
+        return run_fused_blocks(modules, x, grid)
+
     monkeypatch.setattr(block, 'run_fused', counting)
+    monkeypatch.setattr(block, 'run_fused_blocks', counting_joined)
     return runs
 
 

@@ -2,7 +2,8 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,13 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmvil.models import ViLBlock, VisionLSTM, fused
+from mmvil.models import ViLBlock, VisionLSTM, fused, vil
+from mmvil.models import block as block_module
 from mmvil.ops import block_op
+from mmvil.ops.eager import operators_may_be_skipped
+from mmvil.ops.flops import count_as
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 LAYERS = 2
@@ -231,3 +236,169 @@ def test_the_backward_pass_is_built_once_for_each_kind_of_block(
     assert [shape.reverse for shape in runs] == [False, True]
     blocks[0](torch.randn(1, 257, 16, device=DEVICE), (1, 257))  # takes other kernels
     assert [shape.tokens for shape in runs] == [6, 6, 257]
+
+
+@pytest.fixture
+def joined_anywhere(fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let models join blocks on a CPU too; how many were joined, each time."""
+    runs, run = [], block_module.run_fused_blocks
+
+    def counting(blocks: Sequence[ViLBlock], x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        runs.append(len(blocks))
+        return run(blocks, x, grid)
+
+    def may_join(x: Tensor) -> bool:
+        return not torch.is_grad_enabled() and operators_may_be_skipped(x) and fused._why_not_tokens(x) is None
+
+    monkeypatch.setattr(block_module, 'run_fused_blocks', counting)
+    monkeypatch.setattr(block_module, 'may_join', may_join)
+    monkeypatch.setattr(block_module, 'CALLED', (ViLBlock.__call__, ViLBlock.forward))
+    return runs
+
+
+def four_blocks(**options: object) -> VisionLSTM:
+    model, _ = pair(arch={'embed_dims': 16, 'num_layers': 4}, **options)
+    return model.eval()
+
+
+def with_and_without_joining(model: nn.Module, image: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    torch.manual_seed(3)
+    found = model(image)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vil, 'run_joined', lambda blocks, x, grid: (x, 0))
+        torch.manual_seed(3)
+        return found, model(image)
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, [4]),
+        ({'out_indices': (3, 0, 2)}, [2]),
+        ({'out_indices': (1, 3), 'out_type': 'raw'}, [2, 2]),
+        ({'with_cp': True, 'frozen_stages': 2}, [4]),
+        ({'version': 'v1', 'drop_path_rate': 0.5}, [4]),
+    ],
+    ids=str,
+)
+def test_blocks_are_joined_up_to_what_is_wanted(
+    options: dict, expected: list[int], joined_anywhere: list[int], fused_anywhere: Counter
+) -> None:
+    model = four_blocks(**options)
+    for image in images(2):
+        with torch.no_grad():
+            found, one_by_one = with_and_without_joining(model.train(), image)
+        assert all(torch.equal(*both) for both in zip(found, one_by_one, strict=True))
+    assert joined_anywhere == 2 * expected
+    assert fused_anywhere == {'ViLBlock': 2 * 2 * 4}
+
+
+def replace_forward(made: ViLBlock) -> None:
+    forward = made.forward
+    made.forward = lambda x, grid: forward(x, grid) + 1
+
+
+def replace_kind(made: ViLBlock) -> None:
+    made.__class__ = type('Wrapped', (ViLBlock,), {})
+
+
+def compile_call(made: ViLBlock) -> None:
+    made._compiled_call_impl = lambda x, grid: made._call_impl(x, grid) + 1
+
+
+SEEN = {  # what is done to the third of four blocks, and how many are joined then
+    'forward hook': (lambda made: made.register_forward_hook(lambda module, given, out: out + 1), [2]),
+    'pre hook': (lambda made: made.register_forward_pre_hook(lambda module, given: (given[0] + 1, given[1])), [2]),
+    'backward hook': (lambda made: made.register_full_backward_hook(lambda *_: None), [2]),
+    'forward': (replace_forward, [2]),
+    'class': (replace_kind, [2]),
+    'compiled': (compile_call, [2]),
+    'hook inside': (lambda made: made.layer.proj_up.register_forward_hook(lambda module, given, out: out + 1), [2]),
+    'parametrised': (lambda made: torch.nn.utils.parametrizations.weight_norm(made.layer.proj_down), [2]),
+    'switched off': (lambda made: setattr(made.layer, 'fused', False), [2]),
+    'backend': (lambda made: setattr(made.layer, 'mlstm_backend', 'parallel'), [2]),
+    'half a block': (lambda made: made.layer.proj_down.half(), [4]),
+}
+
+
+@pytest.mark.parametrize('case', SEEN)
+def test_blocks_that_somebody_watches_or_changes_are_called(case: str, joined_anywhere: list[int]) -> None:
+    change, expected = SEEN[case]
+    model = four_blocks()
+    change(model.blocks[2])
+    with torch.no_grad():
+        for image in images():
+            found, one_by_one = with_and_without_joining(model, image)
+    assert torch.equal(found[0], one_by_one[0])
+    assert joined_anywhere == expected
+
+
+def test_hooks_of_all_modules_see_each_block(joined_anywhere: list[int]) -> None:
+    model, seen = four_blocks(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, given, out: seen.append(module))
+    try:
+        with torch.no_grad():
+            model(next(images()))
+    finally:
+        handle.remove()
+    assert [module for module in seen if isinstance(module, ViLBlock)] == list(model.blocks)
+    assert not joined_anywhere
+
+
+def test_other_forward_functions_of_all_blocks_run(joined_anywhere: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, called = four_blocks(), []
+    monkeypatch.setattr(ViLBlock, 'forward', lambda self, x, grid: called.append(self) or x)
+    with torch.no_grad():
+        model(next(images()))
+    assert called == list(model.blocks)
+    assert not joined_anywhere
+
+
+def test_blocks_are_not_joined_where_each_is_watched(joined_anywhere: list[int], fused_anywhere: Counter) -> None:
+    model, (image,) = four_blocks(frozen_stages=4), images()
+    with torch.no_grad():
+        (expected,) = model(image)
+        with FlopCounterMode(display=False):
+            assert torch.equal(model(image)[0], expected)
+        assert fused_anywhere == {'ViLBlock': 2 * 4}
+        with count_as('quadratic'):
+            model(image)
+    assert torch.equal(model(image)[0], expected)
+    assert joined_anywhere == [4]
+    with torch.inference_mode():
+        assert torch.equal(model(image)[0], expected)
+    assert joined_anywhere == [4, 4]
+
+
+def test_weights_of_joined_blocks_may_change(joined_anywhere: list[int]) -> None:
+    model, (image,) = four_blocks(), images()
+    weight = model.blocks[1].layer.proj_up.weight
+    changes = [
+        lambda: None,
+        lambda: weight.data.mul_(2),
+        lambda: setattr(model.blocks[1].layer.proj_up, 'weight', nn.Parameter(weight.detach() + 0.1)),
+        lambda: model.blocks[2].load_state_dict(model.blocks[0].state_dict()),
+    ]
+    results = []
+    with torch.no_grad():
+        for change in changes:
+            change()
+            found, one_by_one = with_and_without_joining(model, image)
+            assert torch.equal(found[0], one_by_one[0])
+            results.append(found[0])
+    assert not any(torch.equal(*both) for both in pairwise(results))
+    assert joined_anywhere == [4] * len(changes)
+
+
+def test_kernels_that_cannot_be_built_leave_joined_blocks_to_their_modules(
+    joined_anywhere: list[int], unbuildable: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (image,) = four_blocks(), images()
+    monkeypatch.setattr(block_module, 'run_fused_blocks', unbuildable.refuse)
+    plain = copy.deepcopy(model)
+    for each in plain.blocks:
+        each.layer.fused = False
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(image)[0], plain(image)[0])
+    assert unbuildable.tries == len([line for line in unbuildable.lines if 'cannot be built' in line]) == 1

@@ -5,6 +5,7 @@ On a CPU the kernels are interpreted, from the addresses that a tape gives.
 
 import ctypes
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mmvil.models import ViLBlock, ViLLayer
-from mmvil.models.fused import fused_weights, run_fused
+from mmvil.models.fused import fused_weights, run_fused, run_fused_blocks
 from mmvil.ops import block, block_backward, block_op, launch_tape, triton_chunkwise, triton_quadratic
 from mmvil.ops.fast_launch import FastKernel, FastKernels, launches_are_direct, recording
 from mmvil.ops.launch_tape import MAX_TAPES, Repeated, Tape, _pack
@@ -78,7 +79,9 @@ class Interpreted:
 @pytest.fixture
 def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let kernels be launched by their launchers, with nothing recorded before and after."""
-    forget = [block_op._repeated(x).forget for x in (block_op._run_forward, block_op._run_backward)]
+    monkeypatch.setattr(block_op, 'JOINED_FIRST_CALLS', 1)
+    functions = (block_op._run_forward,), (block_op._run_backward,), (block_op._run_forwards, 1)
+    forget = [block_op._repeated(*x).forget for x in functions]
     for each in forget:
         each()
     if interpreting():
@@ -226,6 +229,109 @@ def test_parameters_are_read_anew(played: list[Tape]) -> None:
     check(1, calls=3)
     layer.proj_down.weight.data = layer.proj_down.weight.data.t().contiguous().t()
     check(1, calls=3)
+
+
+def joined(modules: Sequence[nn.Module], x: Tensor | None = None, grid: tuple[int, int] = (2, 3)) -> Tensor:
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        return run_fused_blocks(modules, tokens() if x is None else x, grid)
+
+
+def one_by_one(modules: Sequence[nn.Module], x: Tensor | None = None, grid: tuple[int, int] = (2, 3)) -> Tensor:
+    for module in modules:
+        x = inferred(module, x, grid)
+    return x
+
+
+KINDS = ({}, {'reverse': True}, {'proj_bias': False, 'norm_bias': False}, {'num_heads': 1, 'reverse': True}, V1)
+"""Of blocks that follow each other."""
+
+
+def test_joined_blocks_are_one_tape(played: list[Tape]) -> None:
+    modules = [made(**options) for options in KINDS]
+    for given in [(modules, tokens(2, 6), (2, 3)), (modules[::-1], tokens(1, 8), (4, 2))]:
+        expected = as_is(one_by_one, *given)
+        for _ in range(3):
+            played.clear()
+            assert torch.equal(joined(*given), expected)
+        assert len(played) == 1
+
+
+def test_joined_blocks_run_one_by_one_at_first(played: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that do not come back soon are not worth a tape of all blocks, but those of single blocks are there."""
+    monkeypatch.setattr(block_op, 'JOINED_FIRST_CALLS', 2)
+    block_op._repeated(block_op._run_forwards, 2).forget()
+    modules = [made() for _ in range(3)]
+    for plays in (1, 1 + 3, 1 + 3, 1 + 3 + 1):
+        joined(modules)
+        assert len(played) == plays
+    assert len(set(map(id, played))) == 2
+
+
+def test_parameters_of_joined_blocks_are_read_anew(played: list[Tape]) -> None:
+    """Replaced, changed in place or through .data, of another dtype, with other strides, not aligned."""
+    modules = [made(), made(reverse=True)]
+    layer = modules[1].layer
+
+    def check(plays: int, calls: int = 1) -> None:
+        expected = as_is(one_by_one, modules)
+        for _ in range(calls - 1):
+            joined(modules)
+        played.clear()
+        assert torch.equal(joined(modules), expected)
+        assert len(played) == plays
+
+    check(1, calls=3)
+    layer.igate.weight = nn.Parameter(layer.igate.weight.detach() * 2)
+    check(1)
+    layer.q_proj.weight.data = layer.q_proj.weight.data.clone() + 0.5
+    layer.proj_up.weight.data.mul_(1.5)
+    modules[0].norm.weight.data.add_(0.5)
+    check(1)
+    modules[0].layer.k_proj.weight = layer.q_proj.weight
+    check(1)
+    layer.proj_down.half()
+    check(1, calls=3)
+    layer.proj_down.weight.data = layer.proj_down.weight.data.t().contiguous().t()
+    check(1, calls=3)
+    memory = torch.zeros(layer.skip.numel() + 1, device=DEVICE)
+    memory[1:] = layer.skip.detach()
+    layer.skip.data = memory[1:]
+    check(1, calls=3)
+    modules.pop()
+    check(1, calls=3)
+
+
+def test_joined_blocks_drop_what_single_ones_would(played: list[Tape]) -> None:
+    modules = [made(drop_path_rate=0.5, reverse=reverse) for reverse in (False, True)]
+    x = tokens(8)
+    for _ in range(3):
+        played.clear()
+        torch.manual_seed(3)
+        found = joined(modules, x)
+        torch.manual_seed(3)
+        assert torch.equal(found, as_is(one_by_one, modules, x))
+    assert len(played) == 1
+
+
+def test_joined_blocks_need_no_more_memory_than_single_ones(
+    played: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated, allocating = [], launch_tape._allocating
+
+    def noting(buffer: object) -> object:
+        allocated.append(math.prod(buffer.size) * buffer.dtype.itemsize)
+        return allocating(buffer)
+
+    monkeypatch.setattr(launch_tape, '_allocating', noting)
+    modules, x = [made() for _ in range(4)], tokens(2, 80)
+    for _ in range(2):
+        inferred(modules[0], x, (1, 80))
+    single = sum(allocated)
+    allocated.clear()
+    for _ in range(2):
+        joined(modules, x, (1, 80))
+    residual = x.numel() * x.itemsize
+    assert sum(allocated) <= single + residual  # one more, while the given one is still held
 
 
 def test_weights_given_twice_while_recorded_may_differ_later(played: list[Tape]) -> None:
