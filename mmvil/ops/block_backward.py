@@ -60,15 +60,18 @@ class _Sums:
         self.parts = parts.split([rows * width for rows, width in sizes])
         self.buffer = parts
 
-    def totals(self) -> Tensor:
-        """Sums over programs, the kernels' behind each other."""
+    def totals(self, *others: int) -> tuple[Tensor, ...]:
+        """Parts of the given sizes that are still to be filled, and sums over programs, the kernels' behind each other.
+
+        All in one buffer, as results of a tape are made by one call then.
+        """
         height, width, warps = SUM_TILE
         rows, widths = zip(*self.sizes, strict=True)
-        totals = self.buffer.new_empty(sum(widths))
+        *empty, totals = self.buffer.new_empty(sum(others) + sum(widths)).split([*others, sum(widths)])
         kernels.sum_kernel[(sum(ceil_div(x, width) for x in widths),)](
             self.buffer, totals, *rows, *widths, BM=height, BC=width, num_warps=warps
         )
-        return totals
+        return *empty, totals
 
 
 def _steps(tokens: int, height: int, programs: int) -> tuple[int, int]:
@@ -273,14 +276,11 @@ class _Backward:
     def parameter_gradients(self, dup_w: Tensor, ddown_w: Tensor) -> dict[str, Tensor]:
         """All gradients: sums over tokens, float32, flat; the given ones in their weights' dtypes."""
         shape, weights, inner, block = self.shape, self.weights, self.shape.inner, self.shape.block
-        totals = self.sums.totals()
+        gates = 2 * shape.heads
+        matrices, biases, wg, totals = self.sums.totals(3 * inner * block, 3 * inner, gates * 3 * inner)
+        matrices, biases, wg = matrices.view(3, -1), biases.view(3, inner), wg.view(gates, 3 * inner)
         branch, norm, mix, value, conv, output = totals.split([width for _, width in self.sums.sizes])
         channels = _channels(shape, 32)
-        matrices, biases, wg = (
-            mix.new_empty(3, inner * block),
-            mix.new_empty(3, inner),
-            mix.new_empty(2 * shape.heads, 3 * inner),
-        )
         wide = [dup_w, ddown_w]
         copies = [
             x if x.dtype == weights[name].dtype else torch.empty_like(x, dtype=weights[name].dtype)
@@ -301,7 +301,7 @@ class _Backward:
             'up_w': copies[0], 'down_w': copies[1], 'norm_w': norm[: self.dims], 'norm_b': norm[self.dims :],
             'down_b': branch, 'up_b': up_b, 'conv_w': conv_w, 'conv_b': conv_b,
             'wq': matrices[0], 'wk': matrices[1], 'wv': matrices[2], 'bq': biases[0], 'bk': biases[1], 'bv': biases[2],
-            'wg': wg, 'gate_b': mix[-2 * shape.heads :], 'head_w': head_w, 'head_b': head_b, 'skip': skip,
+            'wg': wg, 'gate_b': mix[-gates:], 'head_w': head_w, 'head_b': head_b, 'skip': skip,
         }  # fmt: skip
 
 

@@ -177,6 +177,8 @@ class _Editor:
             if done:
                 self._steps.append(_releasing(self._tensors_in(done)))
         self._allocate(memory for memory in own if memory.first == len(steps))
+        for memory in own:
+            self._split(memory, [view for view in views_among(results) if view.memory is memory])
         places = [self._place(None) if view is None else self._tensor(view) for view in results]
         first = [_allocating(buffer) for buffer in shared]
         first += [_locating(x) for x in (self._homes[memory][0] for memory in given) if len(x.addresses) > 1]
@@ -249,6 +251,25 @@ class _Editor:
             self._steps.append(viewing(buffer.place, size, stride, offset, place))
         return self._tensors[key]
 
+    def _split(self, memory: Memory, views: Sequence[View]) -> None:
+        """Make results that lie behind each other in a flat buffer of their own by one call, as gradients do."""
+        buffer, itemsize = self._homes[memory][0], memory.dtype.itemsize
+        parts = {(view.offset // itemsize, view.size) for view in views if view.stride == _dense(view.size)}
+        if len(buffer.size) > 1 or len(parts) < 2:
+            return
+        sizes, flat, shaped, end = [], [], [], 0
+        for start, size in sorted(parts):
+            if start < end:  # the same elements twice
+                continue
+            place = self._place(None)
+            self._tensors[buffer.place, start * itemsize, size, _dense(size)] = place
+            sizes += [start - end] if start > end else []
+            (flat if len(size) == 1 else shaped).append((len(sizes), place, size))
+            sizes.append(math.prod(size))
+            end = start + sizes[-1]
+        sizes += [buffer.size[0] - end] if buffer.size[0] > end else []
+        self._steps.append(_splitting(buffer.place, sizes, flat, shaped))
+
     def _launch(self, launch: Launch) -> Step:
         places = [self._address(x) if isinstance(x, View) else self._constant(x) for x in launch.arguments]
         return _launching(launch.run, *launch.grid, itemgetter(*places))
@@ -286,10 +307,10 @@ def _pack(memories: Sequence[Memory]) -> tuple[dict[Memory, int], int]:
 
 def _allocating(buffer: _Buffer) -> Step:
     """A buffer without content."""
-    size, dtype, place = buffer.size, buffer.dtype, buffer.place
+    size, stride, dtype, place = buffer.size, buffer.stride, buffer.dtype, buffer.place
 
     def step(values: list, stream: int) -> int:
-        values[place] = tensor = values[0].new_empty(size, dtype=dtype)
+        values[place] = tensor = values[0].new_empty_strided(size, stride, dtype=dtype)
         start = tensor.data_ptr()
         for offset, target in buffer.addresses.items():
             values[target] = start + offset
@@ -325,6 +346,21 @@ def _viewing_inside(source: int, size: Sequence[int], stride: Sequence[int], off
     def step(values: list, stream: int) -> None:
         base = values[source]
         values[target] = base.as_strided(size, stride, base.storage_offset() + offset)
+
+    return step
+
+
+def _splitting(
+    source: int, sizes: Sequence[int], flat: Sequence[tuple[int, int, tuple]], shaped: Sequence[tuple[int, int, tuple]]
+) -> Step:
+    """Parts of a flat tensor: numbers of parts, where they go, their shapes."""
+
+    def step(values: list, stream: int) -> None:
+        parts = values[source].split_with_sizes(sizes)
+        for number, place, _ in flat:
+            values[place] = parts[number]
+        for number, place, size in shaped:
+            values[place] = parts[number].view(size)
 
     return step
 

@@ -524,6 +524,37 @@ def test_a_function_of_its_own(add: object, played: list[Tape]) -> None:
 
 
 @pytest.mark.parametrize(
+    'parts',
+    [
+        lambda x: [x[:8], x[10:22].view(3, 4), x[22:23], x[30:40].view(5, 1, 2)],
+        lambda x: [x[30:], None, x[2:4], x[4:30]],
+        lambda x: [x[4:12], x[:8], x[4:12], x[20:32].view(3, 4).t(), x[::2], x[12:12], x[12]],
+        lambda x: [x[4:12]],
+        lambda x: [x, x[:10], x.view(4, 10)],
+        lambda x: [x.view(4, 10)[1], x.view(4, 10)[:, 2:]],
+    ],
+    ids=['gaps', 'no gap at the end', 'overlaps', 'one', 'whole', 'rows'],
+)
+@pytest.mark.parametrize('size', [(40,), (4, 10)], ids=str)
+def test_results_may_be_parts_of_one_buffer(
+    size: tuple[int, ...], parts: Callable, add: object, played: list[Tape]
+) -> None:
+    def function(tensors: list[Tensor]) -> list[Tensor | None]:
+        out = tensors[0].new_empty(size)
+        add[(1,)](tensors[0], tensors[0], out, out.numel(), 1.0, BLOCK=64)
+        return parts(out.view(-1))
+
+    repeated = Repeated(function)
+    for _ in range(4):
+        x = torch.randn(40, device=DEVICE)
+        for found, expected in zip(repeated([x]), parts(x + x), strict=True):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                assert_equal([found], [expected])
+    assert len(played) == 2
+
+
+@pytest.mark.parametrize(
     'change',
     [
         lambda x, new: new.zero_(),
