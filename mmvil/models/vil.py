@@ -207,16 +207,15 @@ class VisionLSTM(BaseModule):
         # Under autocast the residual stream is float32 from here on; token-major, or every norm would copy it.
         tokens = (tokens + positions).flatten(1, 2).contiguous()
         outputs, blocks, done = {}, list(self.blocks), 0
-        while done < len(blocks):
-            wanted = min((index for index in self.out_indices if index >= done), default=len(blocks) - 1)
-            tokens, joined = run_joined(blocks[done : wanted + 1], tokens, grid)
-            if not joined and self.with_cp and torch.is_grad_enabled():
-                tokens = checkpoint(blocks[done], tokens, grid, use_reentrant=False)
-            elif not joined:
-                tokens = blocks[done](tokens, grid)
-            done += joined or 1
-            if done - 1 in self.out_indices:
-                outputs[done - 1] = self._format_output(tokens, grid, done - 1)
+        for wanted in sorted(self.out_indices):  # there is no block behind the last one
+            while done <= wanted:
+                tokens, joined = run_joined(blocks[done : wanted + 1], tokens, grid)
+                if not joined and self.with_cp and torch.is_grad_enabled():
+                    tokens = checkpoint(blocks[done], tokens, grid, use_reentrant=False)
+                elif not joined:
+                    tokens = blocks[done](tokens, grid)
+                done += joined or 1
+            outputs[wanted] = self._format_output(tokens, grid, wanted)
         return tuple(outputs[index] for index in self.out_indices)
 
     def _format_output(self, tokens: Tensor, grid: tuple[int, int], index: int) -> Tensor:
