@@ -7,7 +7,7 @@ It holds no tensors and is found by everything that the launcher's decisions may
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import attrgetter, itemgetter, mul, or_
 
@@ -168,17 +168,20 @@ class _Editor:
         allocated = [
             x for x in dict.fromkeys(view.memory for view in [*arguments, *views_among(results)]) if x.allocated
         ]
-        own = [memory for memory in allocated if memory.returned]
+        own: dict[Memory, list[View]] = {memory: [] for memory in allocated if memory.returned}
+        for view in views_among(results):
+            if view.memory in own:
+                own[view.memory].append(view)
         shared = self._shared_buffers([memory for memory in allocated if not memory.returned])
         for number, step in enumerate(steps):
-            self._allocate(memory for memory in own if memory.first == number)
+            self._allocate(number, own)
             self._steps.append(self._call(step) if isinstance(step, Call) else self._launch(step))
             done = [x for x in self._homes if not (x.given or x.allocated or x.returned) and x.last == number]
             if done:
                 self._steps.append(_releasing(self._tensors_in(done)))
-        self._allocate(memory for memory in own if memory.first == len(steps))
-        for memory in own:
-            self._split(memory, [view for view in views_among(results) if view.memory is memory])
+        self._allocate(len(steps), own)
+        for memory, views in own.items():
+            self._split(memory, views)
         places = [self._place(None) if view is None else self._tensor(view) for view in results]
         first = [_allocating(buffer) for buffer in shared]
         first += [_locating(x) for x in (self._homes[memory][0] for memory in given) if len(x.addresses) > 1]
@@ -196,18 +199,20 @@ class _Editor:
             self._constants[key] = self._place(value)
         return self._constants[key]
 
-    def _allocate(self, memories: Iterable[Memory]) -> None:
+    def _allocate(self, number: int, own: Mapping[Memory, Sequence[View]]) -> None:
         """Buffers for memory that others must not share, as results must not that outlive each other.
 
-        They are made when they are needed: what is done with by then may give its memory.
+        They are made before the step that needs them: what is done with by then may give its memory. A result that
+        fills one gives it its layout.
         """
-        for memory in memories:
-            size, stride = memory.size, memory.stride
-            if math.prod(size) * memory.dtype.itemsize != memory.bytes or stride != _dense(size):
-                size, stride = [memory.bytes // memory.dtype.itemsize], [1]
-            buffer = _Buffer(self._place(None), size, stride, memory.dtype)
-            self._homes[memory] = buffer, 0
-            self._steps.append(_allocating(buffer))
+        for memory, views in own.items():
+            if memory.first == number:
+                count = memory.bytes // memory.dtype.itemsize
+                whole = [(view.size, view.stride) for view in views if _fills(view, count)]
+                size, stride = whole[0] if whole else ([count], [1])
+                buffer = _Buffer(self._place(None), size, stride, memory.dtype)
+                self._homes[memory] = buffer, 0
+                self._steps.append(_allocating(buffer))
 
     def _shared_buffers(self, memories: Sequence[Memory]) -> list[_Buffer]:
         """A buffer for each dtype of the tensors that torch is called with; others lie in one of them."""
@@ -285,6 +290,13 @@ class _Editor:
 def _dense(size: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous tensor."""
     return tuple(itertools.accumulate([1, *size[:0:-1]], mul))[::-1]
+
+
+def _fills(view: View, count: int) -> bool:
+    """Whether a tensor has each of so many elements once."""
+    pairs = sorted(zip(view.stride, view.size, strict=True), reverse=True)
+    sizes = [size for _, size in pairs]
+    return math.prod(sizes) == count and tuple(stride for stride, _ in pairs) == _dense(sizes)
 
 
 def _pack(memories: Sequence[Memory]) -> tuple[dict[Memory, int], int]:
