@@ -126,6 +126,24 @@ def run_blocks(shapes: Sequence[tuple[int, int, int]]) -> None:
             mlstm_triton(q.requires_grad_(), k, v, *gates, bool(rows % 2), 1e-6, form).sum().backward()
 
 
+def run_joined(shapes: Sequence[tuple[int, int, int]]) -> int:
+    """Blocks of both directions as one call, in inference; launches from tapes, after the first ones."""
+    from mmvil.models import ViLBlock
+    from mmvil.models.fused import run_fused_blocks
+    from mmvil.ops import block_op
+
+    block_op.JOINED_FIRST_CALLS = 1
+    blocks, found = [ViLBlock(64, reverse) for reverse in (False, True, False)], 0
+    for batch, rows, columns in shapes:
+        x = torch.zeros(batch, rows * columns, 64)
+        for number in range(4):
+            before = COUNTS['from tapes']
+            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+                run_fused_blocks(blocks, x, (rows, columns))
+            found += COUNTS['from tapes'] - before if number > 1 else 0
+    return found
+
+
 def run_size(kind: str, block: object, batch: int, rows: int, columns: int) -> None:
     """One size of a block, in training and inference, or of the cell alone."""
     from mmvil.models.fused import run_fused
@@ -188,7 +206,9 @@ def main() -> None:
     run_blocks([(2, 3, 16), (5, 7, 11), (4, 16, 16), (3, 20, 3)])
     then = dict(COUNTS)
     sizes = compiled_by_sizes()
-    print(json.dumps({'first': before, 'then': then, 'problems': PROBLEMS[:20], 'sizes': sizes}))
+    joined = run_joined([(1, 4, 4), (3, 5, 7), (2, 35, 35)])
+    found = {'first': before, 'then': then, 'sizes': sizes, 'joined': joined}
+    print(json.dumps({**found, 'problems': PROBLEMS[:20]}))
 
 
 if __name__ == '__main__':
