@@ -44,6 +44,8 @@ TOKENS = 128 * 196
 """Tokens of a batch, about: 128 images of 224 pixels."""
 PARALLEL_TOKENS = 1024
 """Above this the plain quadratic form is left out: its S x S matrices of 24 blocks do not fit."""
+SETTLING_CALLS = 10
+"""Calls before eager launches are timed: all blocks' are repeated as one from then on."""
 PROFILE_COLUMNS = ['work', 'kernel', 'launches', 'us', 'bytes', 'GB/s']
 
 
@@ -176,13 +178,13 @@ def peak_memory(work: Callable[[], object], stopwatch: Stopwatch) -> int:
 def latency(work: Callable[[], object], repeats: int = 20) -> float:
     """Median milliseconds from the call to the finished result, by the host's clock."""
     times = []
-    for _ in range(repeats + 3):
+    for _ in range(SETTLING_CALLS + repeats):
         torch.cuda.synchronize()
         start = time.perf_counter()
         work()
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    return round(statistics.median(times[3:]), 2)
+    return round(statistics.median(times[SETTLING_CALLS:]), 2)
 
 
 def measure(
@@ -204,6 +206,8 @@ def measure(
 
     for name, run in work.items():
         if 'eager' in modes:
+            for _ in range(SETTLING_CALLS):
+                run()
             timed(name, run)
         if 'graph' in modes:
             timed(f'{name}_graph', graphed(run))
