@@ -128,9 +128,10 @@ def _why_not_here(device_type: str, index: int | None, dtype: torch.dtype) -> st
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Type that activations are stored in: that of autocast, else the tokens' own."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype, kind = x.dtype, x.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
 
 
 def say_once(reason: str) -> None:

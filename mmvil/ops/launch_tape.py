@@ -269,7 +269,10 @@ class _Editor:
             place = self._place(None)
             self._tensors[buffer.place, start * itemsize, size, _dense(size)] = place
             sizes += [start - end] if start > end else []
-            (flat if len(size) == 1 else shaped).append((len(sizes), place, size))
+            if len(size) == 1:
+                flat.append((len(sizes), place))
+            else:
+                shaped.append((len(sizes), place, (size, _dense(size))))
             sizes.append(math.prod(size))
             end = start + sizes[-1]
         sizes += [buffer.size[0] - end] if buffer.size[0] > end else []
@@ -363,16 +366,16 @@ def _viewing_inside(source: int, size: Sequence[int], stride: Sequence[int], off
 
 
 def _splitting(
-    source: int, sizes: Sequence[int], flat: Sequence[tuple[int, int, tuple]], shaped: Sequence[tuple[int, int, tuple]]
+    source: int, sizes: Sequence[int], flat: Sequence[tuple[int, int]], shaped: Sequence[tuple[int, int, tuple]]
 ) -> Step:
-    """Parts of a flat tensor: numbers of parts, where they go, their shapes."""
+    """Parts of a flat tensor: numbers of parts, where they go, their sizes and strides if these have several."""
 
     def step(values: list, stream: int) -> None:
         parts = values[source].split_with_sizes(sizes)
-        for number, place, _ in flat:
+        for number, place in flat:
             values[place] = parts[number]
-        for number, place, size in shaped:
-            values[place] = parts[number].view(size)
+        for number, place, layout in shaped:
+            values[place] = parts[number].as_strided(*layout)  # sooner than .view(size)
 
     return step
 
