@@ -86,12 +86,11 @@ def _why_not_module(module: nn.Module) -> str | None:
     if heads > 16 or layer.inner_dims // heads > MAX_HEAD_DIM:
         return f'the kernels are made for up to 16 heads of up to {MAX_HEAD_DIM} channels'
     for part in (*outer, *modules.values()):
-        own = part.__dict__  # nn.Module's attributes take longer
-        if own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks']:
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return 'a module inside of the block has a hook'
         if type(part).forward not in FORWARDS and type(part).forward is not plain.ViLLayer.forward:
             return f'a {type(part).__name__} has taken the place of one of its modules'
-        if 'forward' in own:
+        if 'forward' in part.__dict__:
             return f'the forward of a {type(part).__name__} inside of the block has been replaced'
     return None
 
