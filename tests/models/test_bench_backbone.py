@@ -66,6 +66,21 @@ def test_the_check_lets_rounding_pass_and_nothing_else() -> None:
     assert 'inf' in bench.verdict(bench.relative_errors(wrong, exact), rounding, names)['error']
 
 
+def test_inference_is_compared_once_all_blocks_are_one_call() -> None:
+    from mmvil.ops.block_op import JOINED_FIRST_CALLS
+
+    calls = []
+
+    def work() -> torch.Tensor:
+        calls.append(len(calls))
+        return torch.tensor([float(len(calls))])
+
+    out = bench.settled(work)
+    assert out.dtype == torch.float64
+    assert out.item() == len(calls)
+    assert len(calls) > JOINED_FIRST_CALLS + 1  # those before the recording one, that one, and one more
+
+
 def test_kinds_of_parameters_are_judged_over_all_blocks() -> None:
     names = ['features', *(f'_orig_mod.blocks.{i}.layer.igate.bias' for i in range(16))]
     rounding = [0.01] * 17
