@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from mmvil.models import VisionLSTM
 
 if __package__:
+    from . import backbone_models as backbone
     from .backbone_report import COLUMNS, TIMES_ROUNDING, add_ratios, draw, earlier_rows, known_bytes, verdict
     from .common import Stopwatch, copy_rate, environment, graphed, host_rate, matmul_rate, table, write_json
 else:
+    import backbone_models as backbone
     from backbone_report import COLUMNS, TIMES_ROUNDING, add_ratios, draw, earlier_rows, known_bytes, verdict
     from common import Stopwatch, copy_rate, environment, graphed, host_rate, matmul_rate, table, write_json
 
@@ -40,137 +42,16 @@ SIZES = ('tiny', 'small', 'base')
 RESOLUTIONS = (224, 384, 512, 768, 1024, 2048)
 MODELS = ('deit', 'fused', 'plain', 'parallel')
 MODES = ('eager', 'compiled', 'graph')
-PATCH = 16
 TOKENS = 128 * 196
 """Tokens of a batch, about: 128 images of 224 pixels."""
 PARALLEL_TOKENS = 1024
 """Above this the plain quadratic form is left out: its S x S matrices of 24 blocks do not fit."""
-SETTLING_CALLS = 12
-"""Calls before eager launches are timed or compared: all blocks' are repeated as one by then."""
 PROFILE_COLUMNS = ['work', 'kernel', 'launches', 'us', 'bytes', 'GB/s']
 
 
 def batch_size(pixels: int) -> int:
     """Images of a batch, so that all resolutions have about the same number of tokens."""
-    return max(1, round(TOKENS / (pixels // PATCH) ** 2))
-
-
-def build_vil(model: str, size: str, pixels: int, **options: object) -> VisionLSTM:
-    """Build a ViL variant with the pooled features that its classifier uses."""
-    backend = 'parallel' if model == 'parallel' else 'auto'
-    options |= {'arch': size, 'img_size': pixels, 'patch_size': PATCH, 'out_type': 'bilateral_concat'}
-    return VisionLSTM(**options, fused=model == 'fused', mlstm_backend=backend)
-
-
-def build_deit(size: str, pixels: int) -> tuple[nn.Module, str]:
-    """Build DeiT without a classifier, and say whose it is."""
-    try:
-        import timm
-    except ImportError:
-        import mmpretrain
-        from mmpretrain.models.backbones import VisionTransformer
-
-        options = {'arch': f'deit-{size}', 'img_size': pixels, 'patch_size': PATCH}
-        return VisionTransformer(**options), f'mmpretrain {mmpretrain.__version__}'
-    model = timm.create_model(f'deit_{size}_patch16_224', img_size=pixels, num_classes=0)
-    return model, f'timm {timm.__version__}'
-
-
-def features(output: object) -> Tensor:
-    """The one tensor that a backbone returns."""
-    return output[-1] if isinstance(output, tuple | list) else output
-
-
-def weighted_sum(x: Tensor) -> Tensor:
-    """A loss that depends on every element differently."""
-    return (x * torch.linspace(-1, 1, x.numel(), device=x.device, dtype=x.dtype).view_as(x)).sum()
-
-
-def draw_weights(model: nn.Module) -> None:
-    """Move all parameters off their start values, where gates and biases would be zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-
-
-def results(model: nn.Module, image: Tensor, autocast: bool) -> list[Tensor]:
-    """Features and the gradients of all parameters, on the host as float64."""
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast):
-        out = features(model(image))
-    gradients = torch.autograd.grad(weighted_sum(out), list(model.parameters()))
-    return [x.detach().double().cpu() for x in (out, *gradients)]
-
-
-def settled(work: Callable[[], Tensor]) -> Tensor:
-    """What repeated inference gives once it has its last form, on the host as float64."""
-    for _ in range(SETTLING_CALLS):
-        out = work()
-    return out.detach().double().cpu()
-
-
-def relative_errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """Relative L2 error of each tensor."""
-    return [((x - y).norm() / y.norm().clamp(min=1e-300)).item() for x, y in zip(actual, exact, strict=True)]
-
-
-def references(size: str, pixels: int, state: dict[str, Tensor]) -> tuple[list[Tensor], list[float], float, Tensor]:
-    """Exact results for one image, the rounding errors of plain torch, also with bfloat16 weights, and the image."""
-    image = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)).cuda()
-    plain = build_vil('plain', size, pixels).cuda()
-    plain.load_state_dict(state)
-    for block in plain.blocks:
-        block.layer.mlstm_backend = 'chunkwise'
-    plain.with_cp = True
-    rounded = results(plain, image, autocast=True)
-    half = half_work(copy.deepcopy(plain).bfloat16(), image)().double().cpu()
-    exact = results(plain.double(), image.double(), autocast=False)
-    return exact, relative_errors(rounded, exact), *relative_errors([half], exact[:1]), image
-
-
-def forward_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """Inference as one piece of work."""
-
-    def work() -> Tensor:
-        with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
-            return features(model(images))
-
-    return work
-
-
-def half_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """Inference with weights and images in bfloat16."""
-    images = images.bfloat16()
-
-    def work() -> Tensor:
-        with torch.no_grad():
-            return features(model(images))
-
-    return work
-
-
-def loop_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """A training step without the optimizer's, as a training loop does it."""
-
-    def work() -> None:
-        model.zero_grad()
-        with torch.autocast('cuda', torch.bfloat16):
-            loss = weighted_sum(features(model(images)).float())
-        loss.backward()
-
-    return work
-
-
-def train_work(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """Forward and backward as one piece of work."""
-    parameters = list(model.parameters())
-
-    def work() -> tuple[Tensor, ...]:
-        with torch.autocast('cuda', torch.bfloat16):
-            loss = weighted_sum(features(model(images)).float())
-        return torch.autograd.grad(loss, parameters)
-
-    return work
+    return max(1, round(TOKENS / (pixels // backbone.PATCH) ** 2))
 
 
 def peak_memory(work: Callable[[], object], stopwatch: Stopwatch) -> int:
@@ -186,13 +67,13 @@ def peak_memory(work: Callable[[], object], stopwatch: Stopwatch) -> int:
 def latency(work: Callable[[], object], repeats: int = 20) -> float:
     """Median milliseconds from the call to the finished result, by the host's clock."""
     times = []
-    for _ in range(SETTLING_CALLS + repeats):
+    for _ in range(backbone.SETTLING_CALLS + repeats):
         torch.cuda.synchronize()
         start = time.perf_counter()
         work()
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    return round(statistics.median(times[SETTLING_CALLS:]), 2)
+    return round(statistics.median(times[backbone.SETTLING_CALLS :]), 2)
 
 
 def measure(
@@ -201,8 +82,8 @@ def measure(
 ) -> None:  # fmt: skip
     """Fill in a row's images per second, memory and latency."""
     count = len(images)
-    work = {'forward': forward_work(model, images), 'train': train_work(model, images)}
-    single = forward_work(model, images[:1].clone())
+    work = {'forward': backbone.forward_work(model, images), 'train': backbone.train_work(model, images)}
+    single = backbone.forward_work(model, images[:1].clone())
     row['forward_GiB'] = round(peak_memory(work['forward'], stopwatch) / 2**30, 3)
     peak = peak_memory(work['train'], stopwatch)
     row['train_GiB'], row['train_MiB_per_image'] = round(peak / 2**30, 3), round(peak / count / 2**20, 1)
@@ -214,7 +95,7 @@ def measure(
 
     for name, run in work.items():
         if 'eager' in modes:
-            for _ in range(SETTLING_CALLS):
+            for _ in range(backbone.SETTLING_CALLS):
                 run()
             timed(name, run)
         if 'graph' in modes:
@@ -224,18 +105,18 @@ def measure(
         row.update(check_half(half))
         if 'error' in row:
             return
-        timed('forward_bf16', graphed(half_work(half, images)))
+        timed('forward_bf16', graphed(backbone.half_work(half, images)))
     if 'eager' in modes and isinstance(model, VisionLSTM) and model.blocks[0].layer.fused:
-        replayed = build_vil('fused', row['size'], row['pixels'], cuda_graphs=True).cuda().train()
+        replayed = backbone.build_vil('fused', row['size'], row['pixels'], cuda_graphs=True).cuda().train()
         replayed.load_state_dict(model.state_dict())
-        timed('train_replayed', loop_work(replayed, images))
+        timed('train_replayed', backbone.loop_work(replayed, images))
         del replayed
     if 'compiled' in modes:
         compiled = torch.compile(model)
         row['compiled'] = check(compiled)
         if 'error' not in row['compiled']:
-            timed('forward_compiled', forward_work(compiled, images))
-            timed('train_compiled', train_work(compiled, images))
+            timed('forward_compiled', backbone.forward_work(compiled, images))
+            timed('train_compiled', backbone.train_work(compiled, images))
     if 'eager' in modes:
         row['latency_ms'] = latency(single)
     if 'graph' in modes:
@@ -245,7 +126,10 @@ def measure(
 def profile(model: nn.Module, images: Tensor, tokens: int, dims: int) -> list[dict[str, object]]:
     """Time on the device by kernel, forward and training apart: launches, microseconds of all, bytes where known."""
     rows = []
-    for name, work in (('forward', forward_work(model, images)), ('train', train_work(model, images))):
+    for name, work in (
+        ('forward', backbone.forward_work(model, images)),
+        ('train', backbone.train_work(model, images)),
+    ):
         work()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -266,9 +150,9 @@ def profile(model: nn.Module, images: Tensor, tokens: int, dims: int) -> list[di
 def build(name: str, size: str, pixels: int, state: dict[str, Tensor]) -> tuple[nn.Module, str | None]:
     """A model on the device, and who made it unless it is ours."""
     if name == 'deit':
-        model, maker = build_deit(size, pixels)
+        model, maker = backbone.build_deit(size, pixels)
     else:
-        model, maker = build_vil(name, size, pixels), None
+        model, maker = backbone.build_vil(name, size, pixels), None
         model.load_state_dict(state)
     return model.cuda().eval(), maker
 
@@ -290,7 +174,7 @@ def measure_model(
 ) -> dict[str, object]:  # fmt: skip
     """One row: check, then measure."""
     pixels = images.shape[-1]
-    tokens = (pixels // PATCH) ** 2
+    tokens = (pixels // backbone.PATCH) ** 2
     row: dict[str, object] = {'size': size, 'pixels': pixels, 'images': len(images), 'tokens': tokens, 'model': name}
     if name == 'parallel' and tokens > PARALLEL_TOKENS:
         return {**row, 'error': 'left out: too large'}
@@ -303,8 +187,10 @@ def measure_model(
             return {}
         reference, rounding, _, image = exact
         names = ['features', *(name for name, _ in candidate.named_parameters())]
-        found = verdict(relative_errors(results(candidate, image, autocast=True), reference), rounding, names)
-        (error,) = relative_errors([settled(forward_work(candidate, image))], reference[:1])
+        found = verdict(
+            backbone.relative_errors(backbone.results(candidate, image, autocast=True), reference), rounding, names
+        )
+        (error,) = backbone.relative_errors([backbone.settled(backbone.forward_work(candidate, image))], reference[:1])
         found['inference_error'] = float(f'{error:.2e}')
         if not error <= TIMES_ROUNDING * rounding[0]:  # not the negation: NaN is wrong, too
             found.setdefault('error', 'WRONG in inference')
@@ -314,7 +200,7 @@ def measure_model(
         if name == 'deit':
             return {}
         reference, _, rounding, image = exact
-        (error,) = relative_errors([settled(half_work(candidate, image))], reference[:1])
+        (error,) = backbone.relative_errors([backbone.settled(backbone.half_work(candidate, image))], reference[:1])
         found = {'bf16_output_error': float(f'{error:.2e}'), 'bf16_plain_error': float(f'{rounding:.2e}')}
         # Not the negation: NaN is wrong, too.
         return found if error <= TIMES_ROUNDING * rounding else {**found, 'error': 'WRONG with bfloat16 weights'}
@@ -340,11 +226,11 @@ def worker(options: argparse.Namespace) -> dict[str, object]:
         'host_additions_per_second': host_rate(),
     }
     torch.manual_seed(0)
-    drawn = build_vil('plain', size, pixels)
-    draw_weights(drawn)
+    drawn = backbone.build_vil('plain', size, pixels)
+    backbone.draw_weights(drawn)
     state, exact = drawn.state_dict(), ()
     if set(options.models) - {'deit'}:
-        exact = references(size, pixels, state)
+        exact = backbone.references(size, pixels, state)
     images = torch.randn(options.images or batch_size(pixels), 3, pixels, pixels, device='cuda')
     rows = []
     for name in options.models:
@@ -363,10 +249,10 @@ def warm(options: argparse.Namespace) -> None:
     """Compile the kernels of one size and resolution into Triton's cache with two images."""
     (size,), (pixels,) = options.sizes, options.resolutions
     for name in options.models:
-        model, image = build_vil(name, size, pixels).cuda(), torch.randn(2, 3, pixels, pixels, device='cuda')
-        train_work(model, image)()
-        forward_work(model, image)()
-        half_work(model.bfloat16(), image)()
+        model, image = backbone.build_vil(name, size, pixels).cuda(), torch.randn(2, 3, pixels, pixels, device='cuda')
+        backbone.train_work(model, image)()
+        backbone.forward_work(model, image)()
+        backbone.half_work(model.bfloat16(), image)()
     torch.cuda.synchronize()
 
 
@@ -388,7 +274,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, int]]:
 def case(text: str) -> str:
     """Check one SIZE:PIXELS."""
     size, _, pixels = text.partition(':')
-    if size not in SIZES or not pixels.isdigit() or int(pixels) < PATCH:
+    if size not in SIZES or not pixels.isdigit() or int(pixels) < backbone.PATCH:
         raise argparse.ArgumentTypeError(f'expected SIZE:PIXELS with a size of {SIZES}, got {text!r}')
     return text
 
@@ -480,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.worker:
         if 'deit' in options.models:
-            build_deit('tiny', PATCH)  # for its imports
+            backbone.build_deit('tiny', backbone.PATCH)  # for its imports
         if not sys.stdin.readline():  # the process that would have said go has ended
             return 1
         write_json(options.worker, worker(options))

@@ -110,8 +110,7 @@ def assign(text: str) -> None:
     for key in keys[:-1]:
         table = table[key]
     table[keys[-1]] = like(table[keys[-1]], ast.literal_eval(value.strip()))
-    for function in (block_op._run_forward, block_op._run_backward):
-        block_op._repeated(function).forget()
+    block_op.forget_tapes()
     importlib.import_module('mmvil.ops.triton_quadratic').tile_candidates.cache_clear()
 
 

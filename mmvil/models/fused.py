@@ -245,10 +245,8 @@ def fused_weights(module: nn.Module) -> dict[str, Tensor]:
     named = {'skip': _parameter(layer, 'skip')}
     for name, weight, bias in OUTER_NAMES if outer else SHORT_NAMES:
         part = outer[0] if name is None else modules[name]
-        own = part._parameters
-        # Not by .get(), which needs what it would give else: attributes of modules take long to find.
-        named[weight] = own['weight'] if 'weight' in own else part.weight  # noqa: SIM401
-        value = own['bias'] if 'bias' in own else part.bias  # noqa: SIM401
+        named[weight] = _parameter(part, 'weight')
+        value = _parameter(part, 'bias')
         if value is not None:
             named[bias] = value
     return named

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .eager import operators_may_be_skipped
 from .triton_launch import choose_form, dot_precision, empty_rows_like, interpreting, is_compile_failure
 
-__all__ = ['WEIGHTS', 'fused_block', 'fused_blocks']
+__all__ = ['WEIGHTS', 'forget_tapes', 'fused_block', 'fused_blocks']
 
 WEIGHTS = (
     'norm_w', 'norm_b', 'up_w', 'up_b', 'conv_w', 'conv_b', 'wq', 'bq', 'wk', 'bk', 'wv', 'bv', 'wi', 'bi', 'wf', 'bf',
@@ -283,6 +283,12 @@ def _build_backward(
         dout = torch.zeros_like(out)
         _backward_launchers().block_backward(shape, cell, dout, x, *saved, tuple(statistics), named, scale)
         _built.add(key)
+
+
+def forget_tapes() -> None:
+    """Drop all recorded calls, as is needed where something changes that launchers take from their modules."""
+    for repeated in (_repeated(_run_forward), _repeated(_run_forwards, JOINED_FIRST_CALLS), _repeated(_run_backward)):
+        repeated.forget()
 
 
 def _backward(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import backbone_models as models
 from benchmarks import bench_backbone as bench
 from benchmarks.backbone_report import BLOCK_NAME, add_ratios, block_floor, draw, earlier_rows, known_bytes, rows_of
 
@@ -20,18 +21,18 @@ def test_batches_have_about_the_same_tokens() -> None:
 
 def test_variants_have_the_same_weights_and_give_features_of_both_ends() -> None:
     image = torch.randn(1, 3, 32, 32)
-    plain = bench.build_vil('plain', 'tiny', 32)
-    bench.draw_weights(plain)
+    plain = models.build_vil('plain', 'tiny', 32)
+    models.draw_weights(plain)
     assert not plain.blocks[0].layer.fused
     outputs = []
     for name in ('plain', 'fused', 'parallel'):
-        model = bench.build_vil(name, 'tiny', 32)
+        model = models.build_vil(name, 'tiny', 32)
         assert (model.blocks[0].layer.fused, model.blocks[0].layer.mlstm_backend == 'parallel') == (
             name == 'fused',
             name == 'parallel',
         )
         model.load_state_dict(plain.state_dict())
-        outputs.append(bench.features(model(image)))
+        outputs.append(models.features(model(image)))
     assert outputs[0].shape == (1, 384)
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-3, atol=1e-3)
@@ -39,31 +40,31 @@ def test_variants_have_the_same_weights_and_give_features_of_both_ends() -> None
 
 @pytest.mark.parametrize(('size', 'width', 'millions'), [('tiny', 192, 5.5), ('small', 384, 21.7)])
 def test_deit_is_of_the_same_size_and_named(size: str, width: int, millions: float) -> None:
-    model, made_by = bench.build_deit(size, 224)
+    model, made_by = models.build_deit(size, 224)
     model.eval()  # returns nothing in mmpretrain
-    assert bench.features(model(torch.randn(1, 3, 224, 224))).shape == (1, width)
+    assert models.features(model(torch.randn(1, 3, 224, 224))).shape == (1, width)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.2)
     assert made_by.split()[0] in ('timm', 'mmpretrain')
 
 
 def test_the_check_lets_rounding_pass_and_nothing_else() -> None:
-    model = bench.build_vil('plain', 'tiny', 32)
-    bench.draw_weights(model)
+    model = models.build_vil('plain', 'tiny', 32)
+    models.draw_weights(model)
     image = torch.randn(1, 3, 32, 32)
-    rounded = bench.results(model, image, autocast=True)
-    exact = bench.results(model.double(), image.double(), autocast=False)
-    rounding = bench.relative_errors(rounded, exact)
+    rounded = models.results(model, image, autocast=True)
+    exact = models.results(model.double(), image.double(), autocast=False)
+    rounding = models.relative_errors(rounded, exact)
     names = ['features', *(name for name, _ in model.named_parameters())]
     assert 1e-4 < rounding[0] < 5e-2
     assert 'error' not in bench.verdict(rounding, rounding, names)
     for place in (0, 5, -1):
         wrong = [x.clone() for x in rounded]
         wrong[place] *= 1.5
-        found = bench.verdict(bench.relative_errors(wrong, exact), rounding, names)
+        found = bench.verdict(models.relative_errors(wrong, exact), rounding, names)
         assert found['error'].startswith('WRONG'), (place, found)
         assert found['worst_kind'] == BLOCK_NAME.sub('', names[place])
     wrong[3][...] = float('nan')
-    assert 'inf' in bench.verdict(bench.relative_errors(wrong, exact), rounding, names)['error']
+    assert 'inf' in bench.verdict(models.relative_errors(wrong, exact), rounding, names)['error']
 
 
 def test_inference_is_compared_once_all_blocks_are_one_call() -> None:
@@ -75,7 +76,7 @@ def test_inference_is_compared_once_all_blocks_are_one_call() -> None:
         calls.append(len(calls))
         return torch.tensor([float(len(calls))])
 
-    out = bench.settled(work)
+    out = models.settled(work)
     assert out.dtype == torch.float64
     assert out.item() == len(calls)
     assert len(calls) > JOINED_FIRST_CALLS + 1  # those before the recording one, that one, and one more
