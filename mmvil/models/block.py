@@ -219,8 +219,15 @@ CALLED = ViLBlock.__call__, ViLBlock.forward
 """What a call of a block runs unless somebody has put something else in its place."""
 
 
+TRAINED_TOGETHER = 6
+"""Blocks of a call in training."""
+
+
 def run_joined(blocks: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
-    """Run as many of the first blocks as can go as one call on the fused kernels, without gradients.
+    """Run as many of the first blocks as should go as one call on the fused kernels.
+
+    In training these are a few at a time, or the frozen ones that need no gradients: gradients come when all of a call
+    are there, and others, as in data-parallel training, work on some while the next are made.
 
     Args:
         blocks: Modules, of which none but the last one's result is wanted.
@@ -233,7 +240,8 @@ def run_joined(blocks: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) ->
     if not may_join(x) or _has_any_global_hook() or (ViLBlock.__call__, ViLBlock.forward) != CALLED:
         return x, 0
     dims = x.shape[-1]
-    joined = list(takewhile(lambda block: _is_only_called(block) and can_join(block, dims), blocks))
+    together = _together(blocks, x)
+    joined = list(takewhile(lambda block: _is_only_called(block) and can_join(block, dims), together))
     if len(joined) < 2:
         return x, 0
     try:
@@ -242,6 +250,19 @@ def run_joined(blocks: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) ->
         give_up_fused(x, error)
         out = None
     return (x, 0) if out is None else (out, len(joined))
+
+
+def _together(blocks: Sequence[nn.Module], x: Tensor) -> Sequence[nn.Module]:
+    """Those of the blocks that should be one call if they can."""
+    if not torch.is_grad_enabled():
+        return blocks
+    frozen = not x.requires_grad and list(takewhile(_is_frozen, blocks))
+    return frozen or blocks[:TRAINED_TOGETHER]
+
+
+def _is_frozen(block: nn.Module) -> bool:
+    """Whether none of its parameters gets a gradient."""
+    return not any(parameter.requires_grad for parameter in block.parameters())
 
 
 def _is_only_called(block: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..ops import custom_op
-from ..ops.block_op import fused_block, fused_blocks
+from ..ops.block_chain import fused_blocks
+from ..ops.block_op import fused_block
 from ..ops.eager import operators_may_be_skipped
 from ..ops.mlstm import constant_when_compiled, why_not_triton
 from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure
@@ -159,9 +160,8 @@ def run_fused(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def may_join(x: Tensor) -> bool:
-    """Whether blocks may run fused as one call for these tokens: without gradients, and with nothing that watches."""
-    on_gpu = x.is_cuda and not torch.is_grad_enabled()
-    return on_gpu and operators_may_be_skipped(x) and _why_not_tokens(x) is None
+    """Whether blocks may run fused as one call for these tokens, with nothing that watches."""
+    return x.is_cuda and operators_may_be_skipped(x) and _why_not_tokens(x) is None
 
 
 def can_join(block: nn.Module, dims: int) -> bool:
@@ -179,7 +179,7 @@ def can_join(block: nn.Module, dims: int) -> bool:
 
 
 def run_fused_blocks(blocks: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) -> Tensor | None:
-    """Run `ViLBlock`s behind each other as one call on the fused kernels, without gradients.
+    """Run `ViLBlock`s behind each other as one call on the fused kernels.
 
     Args:
         blocks: Blocks for which `can_join` holds.

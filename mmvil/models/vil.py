@@ -209,12 +209,13 @@ class VisionLSTM(BaseModule):
         outputs, blocks, done = {}, list(self.blocks), 0
         for wanted in sorted(self.out_indices):  # there is no block behind the last one
             while done <= wanted:
-                tokens, joined = run_joined(blocks[done : wanted + 1], tokens, grid)
-                if not joined and self.with_cp and torch.is_grad_enabled():
-                    tokens = checkpoint(blocks[done], tokens, grid, use_reentrant=False)
-                elif not joined:
-                    tokens = blocks[done](tokens, grid)
-                done += joined or 1
+                if self.with_cp and torch.is_grad_enabled():
+                    tokens, joined = checkpoint(blocks[done], tokens, grid, use_reentrant=False), 1
+                else:
+                    tokens, joined = run_joined(blocks[done : wanted + 1], tokens, grid)
+                if not joined:
+                    tokens, joined = blocks[done](tokens, grid), 1
+                done += joined
             outputs[wanted] = self._format_output(tokens, grid, wanted)
         return tuple(outputs[index] for index in self.out_indices)
 

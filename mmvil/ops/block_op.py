@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .eager import operators_may_be_skipped
 from .triton_launch import choose_form, dot_precision, empty_rows_like, interpreting, is_compile_failure
 
-__all__ = ['WEIGHTS', 'forget_tapes', 'fused_block', 'fused_blocks']
+__all__ = ['WEIGHTS', 'backward', 'forget_tapes', 'forward', 'fused_block', 'repeated']
 
 WEIGHTS = (
     'norm_w', 'norm_b', 'up_w', 'up_b', 'conv_w', 'conv_b', 'wq', 'bq', 'wk', 'bk', 'wv', 'bv', 'wi', 'bi', 'wf', 'bf',
@@ -32,10 +32,8 @@ gates' gradients as one: wg (2 NH, 3E) and gate_b (2 NH), the input gates above 
 ABSENT = dict.fromkeys(WEIGHTS)
 GATES = {'wg': ('wi', 'wf'), 'gate_b': ('bi', 'bf')}
 
-# Taking down a whole model's blocks costs as much host time as some thirty calls gain by it.
-JOINED_FIRST_CALLS = 8
-
 _built: set[tuple] = set()
+_repeaters: dict[tuple, Callable] = {}
 
 
 @functools.cache
@@ -48,9 +46,18 @@ def _backward_launchers() -> ModuleType:
     return importlib.import_module('.block_backward', __package__)
 
 
-@functools.cache
-def _repeated(function: Callable[..., list[Tensor | None]], first_calls: int = 1) -> Callable[..., list[Tensor | None]]:
-    return importlib.import_module('.launch_tape', __package__).Repeated(function, first_calls)
+def repeated(function: Callable[..., list[Tensor | None]], first_calls: int = 1) -> Callable[..., list[Tensor | None]]:
+    """The one `launch_tape.Repeated` of a function."""
+    key = function, first_calls
+    if key not in _repeaters:
+        _repeaters[key] = importlib.import_module('.launch_tape', __package__).Repeated(*key)
+    return _repeaters[key]
+
+
+def forget_tapes() -> None:
+    """Drop all recorded calls, as is needed where something changes that launchers take from their modules."""
+    for repeater in _repeaters.values():
+        repeater.forget()
 
 
 @functools.cache
@@ -109,7 +116,7 @@ def vil_block_fwd(
         The new residual stream (the inner part's output in dtype), and after it what the backward pass needs: u, gates,
         h, the convolution's output, v and the cell's statistics.
     """
-    return _forward(x, tuple(names.split()), weights, scale, (rows, columns, heads, reverse), dtype)
+    return forward(x, tuple(names.split()), weights, scale, (rows, columns, heads, reverse), dtype)
 
 
 @vil_block_fwd.register_fake
@@ -151,7 +158,7 @@ def vil_block_inference(
     dtype: torch.dtype,
 ) -> Tensor:
     """First result of `vil_block_fwd`, with its arguments, where no backward pass will follow: it has no gradients."""
-    return _forward(x, tuple(names.split()), weights, scale, (rows, columns, heads, reverse), dtype, keep=False)[0]
+    return forward(x, tuple(names.split()), weights, scale, (rows, columns, heads, reverse), dtype, keep=False)[0]
 
 
 @vil_block_inference.register_fake
@@ -191,7 +198,7 @@ def vil_block_bwd(
     """
     # Gradients of weights may else be parts of one buffer, which results of an operator must not be.
     sizes, wanted = (rows, columns, heads, reverse), (True,) * len(weights)
-    return _backward(dout, x, tuple(names.split()), weights, scale, saved, sizes, wanted, own=True)
+    return backward(dout, x, tuple(names.split()), weights, scale, saved, sizes, wanted, own=True)
 
 
 @vil_block_bwd.register_fake
@@ -227,20 +234,20 @@ def _operator_backward(ctx: FunctionCtx, gradients: list[Tensor]) -> tuple:
 vil_block_fwd.register_autograd(_operator_backward, setup_context=_setup_context)
 
 
-def _forward(
+def forward(
     x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], scale: Tensor | None, sizes: tuple,
     dtype: torch.dtype, keep: bool = True,
 ) -> list[Tensor]:  # fmt: skip
     """Results of `vil_block_fwd`, without `keep` only the first."""
     tensors = [x, *weights] if scale is None else [x, *weights, scale]
-    return _repeated(_run_forward)(tensors, x.shape, names, *sizes, dtype, keep, dot_precision(dtype))
+    return repeated(_run_forward)(tensors, x.shape, names, *sizes, dtype, keep, dot_precision(dtype))
 
 
 def _run_forward(
     tensors: Sequence[Tensor], _: torch.Size, names: tuple[str, ...], rows: int, columns: int, heads: int,
     reverse: bool, dtype: torch.dtype, keep: bool, precision: str,
 ) -> list[Tensor]:  # fmt: skip
-    """What `_forward` repeats; the launchers look for the precision themselves."""
+    """What `forward` repeats; the launchers look for the precision themselves."""
     x, *rest = tensors
     named, scale = _named(names, rest), rest[-1] if len(rest) > len(names) else None
     shape = _shape(x, named, rows, columns, heads, reverse)
@@ -250,19 +257,6 @@ def _run_forward(
     if not interpreting():
         _build_backward(shape, out, x, saved, statistics, named, scale)
     return [out, *saved, *statistics]
-
-
-def _run_forwards(
-    tensors: Sequence[Tensor], _: torch.Size, blocks: Sequence[tuple], rows: int, columns: int, dtype: torch.dtype,
-    precision: str,
-) -> list[Tensor]:  # fmt: skip
-    """What `fused_blocks` repeats, for blocks of (names, heads, reverse, scaled). Until then each is repeated alone."""
-    x, *rest = tensors
-    for names, heads, reverse, scaled in blocks:
-        count = len(names)
-        weights, scale, rest = rest[:count], rest[count] if scaled else None, rest[count + scaled :]
-        (x,) = _forward(x, names, weights, scale, (rows, columns, heads, reverse), dtype, keep=False)
-    return [x]
 
 
 def _build_backward(
@@ -285,27 +279,21 @@ def _build_backward(
         _built.add(key)
 
 
-def forget_tapes() -> None:
-    """Drop all recorded calls, as is needed where something changes that launchers take from their modules."""
-    for repeated in (_repeated(_run_forward), _repeated(_run_forwards, JOINED_FIRST_CALLS), _repeated(_run_backward)):
-        repeated.forget()
-
-
-def _backward(
+def backward(
     dout: Tensor, x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], scale: Tensor | None,
     saved: Sequence[Tensor], sizes: tuple, wanted: tuple[bool, ...], own: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x and of the weights that are wanted, None for others, like these; views or, if `own`, none."""
     tensors = [dout.contiguous(), x, *weights, *([] if scale is None else [scale]), *saved]
     precision = dot_precision(saved[0].dtype)
-    return _repeated(_run_backward)(tensors, x.shape, names, *sizes, scale is not None, wanted, own, precision)
+    return repeated(_run_backward)(tensors, x.shape, names, *sizes, scale is not None, wanted, own, precision)
 
 
 def _run_backward(
     tensors: Sequence[Tensor], _: torch.Size, names: tuple[str, ...], rows: int, columns: int, heads: int,
     reverse: bool, scaled: bool, wanted: tuple[bool, ...], own: bool, precision: str,
 ) -> list[Tensor | None]:  # fmt: skip
-    """What `_backward` repeats; the launchers look for the precision themselves."""
+    """What `backward` repeats; the launchers look for the precision themselves."""
     dout, x, *rest = tensors
     named, rest = _named(names, rest), rest[len(names) :]
     scale = rest.pop(0) if scaled else None
@@ -343,7 +331,7 @@ class _EagerBlock(torch.autograd.Function):
         dtype: torch.dtype,
         *weights: Tensor,
     ) -> Tensor:
-        out, *saved = _forward(x, names, weights, scale, sizes, dtype)
+        out, *saved = forward(x, names, weights, scale, sizes, dtype)
         ctx.names, ctx.sizes = names, sizes
         ctx.save_for_backward(x, scale, *weights, *saved)
         return out
@@ -354,7 +342,7 @@ class _EagerBlock(torch.autograd.Function):
         x, scale, *rest = ctx.saved_tensors
         weights, saved = rest[: len(ctx.names)], rest[len(ctx.names) :]
         wanted = ctx.needs_input_grad[5:]
-        dx, *found = _backward(dout, x, ctx.names, weights, scale, saved, ctx.sizes, wanted, own=False)
+        dx, *found = backward(dout, x, ctx.names, weights, scale, saved, ctx.sizes, wanted, own=False)
         return (dx, None, None, None, None, *found)
 
 
@@ -398,35 +386,4 @@ def fused_block(
         return torch.ops.mmvil.vil_block_inference(*arguments)
     if with_gradients:
         return _EagerBlock.apply(x, tuple(weights), scale, sizes, dtype, *tensors)
-    return _forward(x, tuple(weights), tensors, scale, sizes, dtype, keep=False)[0]
-
-
-def fused_blocks(
-    x: Tensor,
-    weights: Sequence[dict[str, Tensor]],
-    scales: Sequence[Tensor | None],
-    kinds: Sequence[tuple[int, bool]],
-    grid: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Run ViL blocks behind each other as one call, without gradients and where operators may be skipped.
-
-    It is repeated as a whole: one look at all parameters, and one buffer for what is needed in between.
-
-    Args:
-        x: Residual stream, (B, S, D).
-        weights: Of each block as for `fused_block`, with norms.
-        scales: Of each block as for `fused_block`.
-        kinds: Heads and reverse of each block.
-        grid: Rows and columns of the token grid.
-        dtype: As for `fused_block`.
-
-    Returns:
-        (B, S, D).
-    """
-    tensors, settings = [x.contiguous()], []
-    for named, scale, kind in zip(weights, scales, kinds, strict=True):
-        tensors += named.values() if scale is None else (*named.values(), scale)
-        settings.append((tuple(named), *kind, scale is not None))
-    run = _repeated(_run_forwards, JOINED_FIRST_CALLS)
-    return run(tensors, x.shape, tuple(settings), *grid, dtype, dot_precision(dtype))[0]
+    return forward(x, tuple(weights), tensors, scale, sizes, dtype, keep=False)[0]

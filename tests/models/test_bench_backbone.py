@@ -68,7 +68,7 @@ def test_the_check_lets_rounding_pass_and_nothing_else() -> None:
 
 
 def test_inference_is_compared_once_all_blocks_are_one_call() -> None:
-    from mmvil.ops.block_op import JOINED_FIRST_CALLS
+    from mmvil.ops.block_chain import FIRST_CALLS
 
     calls = []
 
@@ -79,7 +79,7 @@ def test_inference_is_compared_once_all_blocks_are_one_call() -> None:
     out = models.settled(work)
     assert out.dtype == torch.float64
     assert out.item() == len(calls)
-    assert len(calls) > JOINED_FIRST_CALLS + 1  # those before the recording one, that one, and one more
+    assert len(calls) > FIRST_CALLS + 1  # those before the recording one, that one, and one more
 
 
 def test_kinds_of_parameters_are_judged_over_all_blocks() -> None:

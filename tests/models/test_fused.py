@@ -140,7 +140,7 @@ def test_backward_programs_that_take_many_tiles(monkeypatch: pytest.MonkeyPatch,
     from mmvil.ops import block_backward, block_op
 
     torch.manual_seed(0)
-    monkeypatch.setattr(block_op, '_repeated', lambda function: lambda tensors, *settings: function(tensors, *settings))
+    monkeypatch.setattr(block_op, 'repeated', lambda function: lambda tensors, *settings: function(tensors, *settings))
     for table in ('ROW_TILES', 'FLAT_TILES', 'FLOAT_TILES'):
         fewest = {name: (*tile[:-1], 0) for name, tile in getattr(block_backward, table).items()}
         monkeypatch.setattr(block_backward, table, fewest)
@@ -158,7 +158,7 @@ def test_strips_of_one_row_and_of_several(
     from mmvil.ops import block
 
     torch.manual_seed(0)
-    monkeypatch.setattr(block_op, '_repeated', lambda function: lambda tensors, *settings: function(tensors, *settings))
+    monkeypatch.setattr(block_op, 'repeated', lambda function: lambda tensors, *settings: function(tensors, *settings))
     sub_block = trained_like(ViLBlock(16)).to(DEVICE)
     x = torch.randn(2, rows * columns, 16, device=DEVICE)
     outputs = []

@@ -248,7 +248,7 @@ def joined_anywhere(fused_anywhere: Counter, monkeypatch: pytest.MonkeyPatch) ->
         return run(blocks, x, grid)
 
     def may_join(x: Tensor) -> bool:
-        return not torch.is_grad_enabled() and operators_may_be_skipped(x) and fused._why_not_tokens(x) is None
+        return operators_may_be_skipped(x) and fused._why_not_tokens(x) is None
 
     monkeypatch.setattr(block_module, 'run_fused_blocks', counting)
     monkeypatch.setattr(block_module, 'may_join', may_join)
@@ -291,6 +291,34 @@ def test_blocks_are_joined_up_to_what_is_wanted(
         assert all(torch.equal(*both) for both in zip(found, one_by_one, strict=True))
     assert joined_anywhere == 2 * expected
     assert fused_anywhere == {'ViLBlock': 2 * 2 * 4}
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, [3]),
+        ({'out_indices': (1, 3), 'out_type': 'raw'}, [2, 2]),
+        ({'frozen_stages': 2, 'drop_path_rate': 0.5}, [2, 2]),
+        ({'with_cp': True}, []),
+    ],
+    ids=str,
+)
+def test_blocks_train_a_few_at_a_time(
+    options: dict, expected: list[int], joined_anywhere: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_module, 'TRAINED_TOGETHER', 3)
+    model, (image,) = four_blocks(**options).train(), images()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for joins in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not joins:
+                patch.setattr(vil, 'run_joined', lambda blocks, x, grid: (x, 0))
+            torch.manual_seed(3)
+            outputs = model(image)
+            results.append([*outputs, *torch.autograd.grad([x.square().sum() for x in outputs], parameters)])
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+    assert joined_anywhere == expected
 
 
 def replace_forward(made: ViLBlock) -> None:
@@ -363,11 +391,11 @@ def test_blocks_are_not_joined_where_each_is_watched(joined_anywhere: list[int],
         assert fused_anywhere == {'ViLBlock': 2 * 4}
         with count_as('quadratic'):
             model(image)
-    assert torch.equal(model(image)[0], expected)
     assert joined_anywhere == [4]
-    with torch.inference_mode():
-        assert torch.equal(model(image)[0], expected)
-    assert joined_anywhere == [4, 4]
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(model(image)[0], expected)
+    assert joined_anywhere == [4, 4, 4]
 
 
 def test_weights_of_joined_blocks_may_change(joined_anywhere: list[int]) -> None:

@@ -25,13 +25,13 @@ def device() -> torch.device:
 @pytest.fixture
 def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let kernels be launched by their launchers, with nothing recorded before and after."""
-    from mmvil.ops import block, block_backward, block_op, launch_tape, triton_chunkwise, triton_quadratic
+    from mmvil.ops import block, block_backward, block_chain, block_op, launch_tape, triton_chunkwise, triton_quadratic
     from mmvil.ops.fast_launch import FastKernels
     from mmvil.ops.triton_launch import interpreting
 
     from .tapes import interpreted
 
-    monkeypatch.setattr(block_op, 'JOINED_FIRST_CALLS', 1)
+    monkeypatch.setattr(block_chain, 'FIRST_CALLS', 1)
     block_op.forget_tapes()
     if interpreting():
         active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 7)

@@ -130,9 +130,9 @@ def run_joined(shapes: Sequence[tuple[int, int, int]]) -> int:
     """Blocks of both directions as one call, in inference; launches from tapes, after the first ones."""
     from mmvil.models import ViLBlock
     from mmvil.models.fused import run_fused_blocks
-    from mmvil.ops import block_op
+    from mmvil.ops import block_chain
 
-    block_op.JOINED_FIRST_CALLS = 1
+    block_chain.FIRST_CALLS = 1
     blocks, found = [ViLBlock(64, reverse) for reverse in (False, True, False)], 0
     for batch, rows, columns in shapes:
         x = torch.zeros(batch, rows * columns, 64)

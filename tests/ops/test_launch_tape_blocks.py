@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmvil.models import ViLBlock, ViLLayer
 from mmvil.models.fused import fused_weights, run_fused, run_fused_blocks
-from mmvil.ops import block_op, launch_tape
+from mmvil.ops import block_chain, block_op, launch_tape
 from mmvil.ops.launch_tape import Repeated, Tape
 
 from .tapes import DEVICE, assert_equal, needs_kernels
@@ -152,8 +152,7 @@ def test_joined_blocks_are_one_tape(played: list[Tape]) -> None:
 
 def test_joined_blocks_run_one_by_one_at_first(played: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that do not come back soon are not worth a tape of all blocks, but those of single blocks are there."""
-    monkeypatch.setattr(block_op, 'JOINED_FIRST_CALLS', 2)
-    block_op._repeated(block_op._run_forwards, 2).forget()
+    monkeypatch.setattr(block_chain, 'FIRST_CALLS', 2)
     modules = [made() for _ in range(3)]
     for plays in (1, 1 + 3, 1 + 3, 1 + 3 + 1):
         joined(modules)
@@ -205,6 +204,67 @@ def test_joined_blocks_drop_what_single_ones_would(played: list[Tape]) -> None:
         torch.manual_seed(3)
         assert torch.equal(found, as_is(one_by_one, modules, x))
     assert len(played) == 1
+
+
+def trained_together(run: Callable, modules: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    """Output and all gradients, None where there is none."""
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    parameters = list(nn.ModuleList(modules).parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.autocast(DEVICE, torch.float16):
+        out = run(modules, x, grid)
+    out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out))
+    return [out.detach(), x.grad, *(None if p.grad is None else p.grad.clone() for p in parameters)]
+
+
+def trained_one_by_one(modules: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) -> Tensor:
+    for module in modules:
+        x = run_fused(module, x, grid)
+    return x
+
+
+def assert_joined_trains_alike(modules: Sequence[nn.Module], *size: object) -> None:
+    found = trained_together(run_fused_blocks, modules, *size)
+    expected = as_is(trained_together, trained_one_by_one, modules, *size)
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
+    assert found[1].isfinite().all()
+
+
+def test_joined_blocks_train_by_one_tape_each_way(played: list[Tape]) -> None:
+    modules = [made(**options, drop_path_rate=rate) for options, rate in zip(KINDS, (0, 0.5, 0, 0, 0.5), strict=True)]
+    for given in [(modules, tokens(2, 6), (2, 3)), (modules[::-1], tokens(1, 8), (4, 2))]:
+        for _ in range(3):
+            played.clear()
+            assert_joined_trains_alike(*given)
+        assert len(played) == 2
+
+
+def test_frozen_weights_of_joined_blocks_have_no_gradients(played: list[Tape]) -> None:
+    modules = [made(), made(reverse=True), made()]
+    modules[0].requires_grad_(False)
+    modules[1].layer.proj_up.weight.requires_grad_(False)
+    modules[2].norm.bias.requires_grad_(False)
+    for _ in range(3):
+        played.clear()
+        assert_joined_trains_alike(modules, tokens(), (2, 3))
+    assert len(played) == 2
+    assert all(p.grad is None for p in modules[0].parameters())
+    assert modules[1].layer.proj_up.weight.grad is modules[2].norm.bias.grad is None
+
+
+def test_joined_blocks_go_backward_twice_if_asked(played: list[Tape]) -> None:
+    modules = [made(), made(reverse=True)]
+    for _ in range(3):
+        x = tokens().requires_grad_()
+        loss = run_fused_blocks(modules, x, (2, 3)).square().sum()
+        first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        loss.backward()
+        with pytest.raises(RuntimeError, match='backward through the graph a second time'):
+            loss.backward()
 
 
 def test_joined_blocks_need_no_more_memory_than_single_ones(

@@ -1,0 +1,141 @@
+"""Fused ViL blocks behind each other as one call: one node of autograd, and one tape each for forward and backward.
+
+It is repeated as a whole: one look at all parameters, one buffer for what is needed in between.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .block_op import backward, forward, repeated
+from .triton_launch import dot_precision
+
+__all__ = ['fused_blocks']
+
+# Taking down several blocks costs as much host time as some thirty calls gain by it.
+FIRST_CALLS = 8
+
+
+class _Kind(NamedTuple):
+    """What is fixed of a block.
+
+    Attributes:
+        names: Short names of its parameters.
+        heads: Heads of its cell.
+        reverse: Its reading direction.
+        scaled: Whether it has a drop path factor, which comes behind its parameters.
+    """
+
+    names: tuple[str, ...]
+    heads: int
+    reverse: bool
+    scaled: bool
+
+    def take(self, given: Iterator) -> tuple[list, object | None]:
+        """What comes next: one thing for each parameter, and one for the factor."""
+        return list(islice(given, len(self.names))), next(given) if self.scaled else None
+
+
+def fused_blocks(
+    x: Tensor,
+    weights: Sequence[dict[str, Tensor]],
+    scales: Sequence[Tensor | None],
+    kinds: Sequence[tuple[int, bool]],
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run ViL blocks behind each other as one call, with exact gradients, where operators may be skipped.
+
+    Args:
+        x: Residual stream, (B, S, D).
+        weights: Of each block as for `fused_block`, with norms.
+        scales: Of each block as for `fused_block`.
+        kinds: Heads and reverse of each block.
+        grid: Rows and columns of the token grid.
+        dtype: As for `fused_block`.
+
+    Returns:
+        (B, S, D).
+    """
+    tensors, chain = [], []
+    for named, scale, kind in zip(weights, scales, kinds, strict=True):
+        tensors += named.values() if scale is None else (*named.values(), scale)
+        chain.append(_Kind(tuple(named), *kind, scale is not None))
+    arguments = x.contiguous(), tuple(chain), grid, dtype
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+        return _EagerBlocks.apply(*arguments, *tensors)
+    return _forward(*arguments, tensors, keep=False)[0]
+
+
+def _forward(
+    x: Tensor, chain: tuple[_Kind, ...], grid: tuple[int, int], dtype: torch.dtype, tensors: Sequence[Tensor],
+    keep: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The last block's output, and with `keep` what `_backward` needs."""
+    run = repeated(_run_forward, FIRST_CALLS)
+    return run([x, *tensors], x.shape, chain, *grid, dtype, keep, dot_precision(dtype))
+
+
+def _run_forward(
+    tensors: Sequence[Tensor], _: torch.Size, chain: tuple[_Kind, ...], rows: int, columns: int, dtype: torch.dtype,
+    keep: bool, precision: str,
+) -> list[Tensor]:  # fmt: skip
+    """What `_forward` repeats: output, inputs of all blocks but the first, what each keeps. Blocks are repeated alone."""
+    x, *given = tensors
+    rest, inputs, kept = iter(given), [], []
+    for kind in chain:
+        inputs.append(x)
+        weights, scale = kind.take(rest)
+        x, *saved = forward(x, kind.names, weights, scale, (rows, columns, kind.heads, kind.reverse), dtype, keep)
+        kept += saved
+    return [x, *inputs[1:], *kept] if keep else [x]
+
+
+def _run_backward(
+    tensors: Sequence[Tensor], _: torch.Size, chain: tuple[_Kind, ...], rows: int, columns: int,
+    wanted: tuple[bool, ...], precision: str,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x and of the other tensors, None where they are not wanted. Blocks are repeated alone."""
+    dx, x, *given = tensors
+    rest, asked = iter(given), iter(wanted)
+    blocks = [(kind, *kind.take(rest), kind.take(asked)[0]) for kind in chain]
+    inputs, kept = [x, *islice(rest, len(chain) - 1)], list(rest)
+    each, found = len(kept) // len(chain), []
+    for (kind, weights, scale, are_wanted), start in zip(reversed(blocks), reversed(inputs), strict=True):
+        saved, kept = kept[-each:], kept[:-each]
+        sizes = rows, columns, kind.heads, kind.reverse
+        dx, *gradients = backward(dx, start, kind.names, weights, scale, saved, sizes, tuple(are_wanted), own=False)
+        found = [*gradients, *[None] * kind.scaled, *found]
+    return [dx, *found]
+
+
+class _EagerBlocks(torch.autograd.Function):
+    """The blocks in a graph of autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        chain: tuple[_Kind, ...],
+        grid: tuple[int, int],
+        dtype: torch.dtype,
+        *tensors: Tensor,
+    ) -> Tensor:
+        out, *kept = _forward(x, chain, grid, dtype, tensors, keep=True)
+        ctx.settings = chain, *grid
+        ctx.precision = dot_precision(dtype)
+        ctx.save_for_backward(x, *tensors, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, *others = ctx.saved_tensors
+        run = repeated(_run_backward, FIRST_CALLS)
+        wanted = ctx.needs_input_grad[4:]
+        dx, *found = run([dout.contiguous(), x, *others], x.shape, *ctx.settings, wanted, ctx.precision)
+        return dx, None, None, None, *found
