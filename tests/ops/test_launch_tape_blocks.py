@@ -206,14 +206,16 @@ def test_joined_blocks_drop_what_single_ones_would(played: list[Tape]) -> None:
     assert len(played) == 1
 
 
-def trained_together(run: Callable, modules: Sequence[nn.Module], x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+def trained_together(
+    run: Callable, modules: Sequence[nn.Module], x: Tensor, grid: tuple[int, int], dtype: torch.dtype = torch.float16
+) -> list[Tensor]:
     """Output and all gradients, None where there is none."""
     torch.manual_seed(3)
     x = x.clone().requires_grad_()
     parameters = list(nn.ModuleList(modules).parameters())
     for parameter in parameters:
         parameter.grad = None
-    with torch.autocast(DEVICE, torch.float16):
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         out = run(modules, x, grid)
     out.backward(torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out))
     return [out.detach(), x.grad, *(None if p.grad is None else p.grad.clone() for p in parameters)]
@@ -253,6 +255,30 @@ def test_frozen_weights_of_joined_blocks_have_no_gradients(played: list[Tape]) -
     assert len(played) == 2
     assert all(p.grad is None for p in modules[0].parameters())
     assert modules[1].layer.proj_up.weight.grad is modules[2].norm.bias.grad is None
+
+
+@pytest.mark.parametrize('batch', [2, 5])
+def test_halves_side_by_side_are_the_whole(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [made(drop_path_rate=0.3), made(reverse=True, drop_path_rate=0.3), made()]
+    modules[2].layer.proj_down.bias.requires_grad_(False)
+    size, calls = (tokens(batch), (2, 3)), []
+
+    def results() -> list[Tensor]:
+        found = trained_together(run_fused_blocks, modules, *size, torch.float32)
+        return [*found, joined(modules, *size)]
+
+    def one_by_one(function: Callable, parts: Sequence[tuple]) -> list:
+        calls.append(len(parts))
+        return [function(*part) for part in parts]
+
+    expected = results()
+    monkeypatch.setattr(block_chain, 'is_captured', lambda _: True)
+    monkeypatch.setattr(block_chain, 'BESIDE', dict.fromkeys(block_chain.BESIDE, (0, 10**9)))
+    monkeypatch.setattr(block_chain, 'side_by_side', one_by_one)
+    for _ in range(3):
+        for one, other in zip(results(), expected, strict=True):
+            assert one is other is None or torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert calls == [2] * 9
 
 
 def test_joined_blocks_go_backward_twice_if_asked(played: list[Tape]) -> None:
