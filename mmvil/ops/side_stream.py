@@ -22,26 +22,26 @@ def _stream_beside(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def side_by_side(function: Callable[..., Result], calls: Sequence[Sequence[Tensor]]) -> list[Result]:
-    """Call a function with the first arguments on this stream and with the others, if there are any, on one beside it.
+def side_by_side(function: Callable[[Sequence[Tensor]], Result], parts: Sequence[Sequence[Tensor]]) -> list[Result]:
+    """Call a function with the first part on this stream and with the others, if there are any, on one beside it.
 
     What comes next on this stream waits for both. Memory of results may be freed like any other: whoever uses the
     stream beside waits for this one first.
 
     Args:
         function: Launches kernels, on the current stream.
-        calls: Arguments of each call, on one device.
+        parts: What it is called with, on one device.
 
     Returns:
         What the function gave, in order.
     """
-    if len(calls) == 1:
-        return [function(*calls[0])]
-    device = calls[0][0].get_device()
+    if len(parts) == 1:
+        return [function(parts[0])]
+    device = parts[0][0].get_device()
     here, beside = torch.cuda.current_stream(device), _stream_beside(device)
     beside.wait_stream(here)
-    results = [function(*calls[0])]
+    results = [function(parts[0])]
     with torch.cuda.stream(beside):
-        results += [function(*arguments) for arguments in calls[1:]]
+        results += [function(part) for part in parts[1:]]
     here.wait_stream(beside)
     return results

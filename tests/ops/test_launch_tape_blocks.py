@@ -257,28 +257,44 @@ def test_frozen_weights_of_joined_blocks_have_no_gradients(played: list[Tape]) -
     assert modules[1].layer.proj_up.weight.grad is modules[2].norm.bias.grad is None
 
 
-@pytest.mark.parametrize('batch', [2, 5])
+@pytest.mark.parametrize('batch', [1, 2, 5])
 def test_halves_side_by_side_are_the_whole(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = [made(drop_path_rate=0.3), made(reverse=True, drop_path_rate=0.3), made()]
-    modules[2].layer.proj_down.bias.requires_grad_(False)
-    size, calls = (tokens(batch), (2, 3)), []
+    modules, x, calls = [made(drop_path_rate=0.3), made(reverse=True, drop_path_rate=0.3), made()], tokens(batch), []
 
-    def results() -> list[Tensor]:
-        found = trained_together(run_fused_blocks, modules, *size, torch.float32)
-        return [*found, joined(modules, *size)]
+    def one_by_one(function: Callable, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        calls.append([len(part[0]) for part in parts])
+        return [function(part) for part in parts]
 
-    def one_by_one(function: Callable, parts: Sequence[tuple]) -> list:
-        calls.append(len(parts))
-        return [function(*part) for part in parts]
-
-    expected = results()
+    torch.manual_seed(3)
+    expected = joined(modules, x)
     monkeypatch.setattr(block_chain, 'is_captured', lambda _: True)
-    monkeypatch.setattr(block_chain, 'BESIDE', dict.fromkeys(block_chain.BESIDE, (0, 10**9)))
     monkeypatch.setattr(block_chain, 'side_by_side', one_by_one)
+    for limits in (range(10**9), range(0)):
+        monkeypatch.setattr(block_chain, 'BESIDE', limits)
+        for _ in range(3):
+            torch.manual_seed(3)
+            torch.testing.assert_close(joined(modules, x), expected)
+    halves = [size for size in (-(-batch // 2), batch // 2) if size]
+    assert calls == [halves] * 3 + [[batch]] * 3
+
+
+@pytest.mark.gpu
+def test_halves_side_by_side_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, x = [made(), made(reverse=True)], tokens(6)
+    beside = block_chain.side_by_side
+    sizes = []
+    monkeypatch.setattr(block_chain, 'BESIDE', range(10**9))
+    monkeypatch.setattr(block_chain, 'side_by_side', lambda *given: sizes.append(len(given[1])) or beside(*given))
+    expected = joined(modules, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = joined(modules, x)
     for _ in range(3):
-        for one, other in zip(results(), expected, strict=True):
-            assert one is other is None or torch.allclose(one, other, rtol=1e-4, atol=1e-4)
-    assert calls == [2] * 9
+        x.add_(0.5)
+        graph.replay()
+        torch.testing.assert_close(out, joined(modules, x))
+    assert not torch.equal(out, expected)
+    assert sizes == [1, 2, 1, 1, 1]
 
 
 def test_joined_blocks_go_backward_twice_if_asked(played: list[Tape]) -> None:
