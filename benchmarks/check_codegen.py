@@ -296,8 +296,12 @@ def compile_block(dim: int, dtype: torch.dtype) -> None:
         module = ViLBlock(2 * dim, **options)
         weights = {**dict.fromkeys(WEIGHTS), **fused_weights(module)}
         shape = block.BlockShape(1, (14, 14), 4, 4 * dim, 4, not options, False)
-        block.block_forward(shape, triton_quadratic, x, weights, dtype, None, keep=False)
-        out, *saved, statistics = block.block_forward(shape, triton_quadratic, x, weights, dtype, None)
+        block.block_forward(shape, triton_quadratic, block.Stream(x), weights, dtype, None, keep=False)
+        stream, x, *saved, statistics = block.block_forward(
+            shape, triton_quadratic, block.Stream(x), weights, dtype, None
+        )
+        following, *_ = block.block_forward(shape, triton_quadratic, stream, weights, dtype, None)
+        out = following.summed()
         block_backward.block_backward(shape, triton_quadratic, out, x, *saved, statistics, weights, None)
 
 

@@ -1,8 +1,9 @@
 """The whole ViL block in few kernels: launchers of the forward pass. Works on tensors, knows no modules.
 
-One kernel for norm and weights, up-projection, one kernel for convolution, projections and gates, the cell, one kernel
-for head norm, skip and gate, down-projection and residual. Kept for the backward pass (`block_backward.py`): the input,
-the up-projection's output, the gates, the convolution's output, values, and the cell's output with its statistics.
+One kernel for residual, norm and weights, up-projection, one kernel for convolution, projections and gates, the cell,
+one kernel for head norm, skip and gate, down-projection. The residual is left to the block that follows, or made by a
+kernel of its own. Kept for the backward pass (`block_backward.py`): the input, the up-projection's output, the gates,
+the convolution's output, values, and the cell's output with its statistics.
 """
 
 from collections.abc import Sequence
@@ -15,27 +16,28 @@ from torch import Tensor
 
 from . import (
     block_gate_kernels,
-    block_gemm_kernels,
     block_kernels,
     block_mix_kernels,
     block_norm_kernels,
     triton_quadratic,
 )
 from .fast_launch import FastKernels
-from .triton_launch import (
-    Tiles,
-    ceil_div,
-    device_limits,
-    dot_precision,
-    launch_first_fitting,
-    next_power_of_two,
-)
+from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
-__all__ = ['CELL_EPS', 'NORM_EPS', 'BlockShape', 'as_heads', 'as_rows', 'block_forward', 'gate_width', 'qkv_biases']
+__all__ = [
+    'CELL_EPS',
+    'NORM_EPS',
+    'BlockShape',
+    'Stream',
+    'as_heads',
+    'as_rows',
+    'block_forward',
+    'gate_width',
+    'qkv_biases',
+]
 
 kernels = FastKernels(block_kernels)
 gate_kernels = FastKernels(block_gate_kernels)
-gemm_kernels = FastKernels(block_gemm_kernels)
 mix_kernels = FastKernels(block_mix_kernels)
 norm_kernels = FastKernels(block_norm_kernels)
 
@@ -51,10 +53,6 @@ FOLDED_BLOCK = 4
 NOTHING, VALUES, VALUES_AND_KEYS = range(3)
 """What of the projections is folded into its neighbours and does not exist."""
 LOWERED = ('up_w', 'up_b', 'down_w')
-# Tiles of the down-projection in 16 bits, fastest first, and the widest residual stream for which it is taken; above
-# that cuBLAS and an addition are faster (`bench_block.py --set block.DOWN_MAX_DIMS=1024`).
-DOWN_TILES = (Tiles(64, 64, 4, 4), Tiles(64, 64, 4, 2))
-DOWN_MAX_DIMS = 256
 # Elements or tokens of a tile, warps; 'mix_rows' are the fewest and most steps of a mixing program over a grid, and its
 # steps over a sequence.
 SETTINGS = {
@@ -102,6 +100,41 @@ class BlockShape:
         return self.grid[0] * self.grid[1]
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream behind a block that has left its last sum, x + scale * (branch + bias), to the next one.
+
+    Attributes:
+        x: Residual stream before the block, (B, S, D).
+        branch: The block's down-projection, (B, S, D), in the activations' dtype; None if x is all.
+        bias: (D), or None.
+        scale: Drop path factor per image, (B,), or None.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        """All four, with x where something is missing."""
+        return self.x, *(self.x if t is None else t for t in (self.branch, self.bias, self.scale))
+
+    def summed(self) -> Tensor:
+        """The residual stream, by a kernel of its own if there is something to add."""
+        if self.branch is None:
+            return self.x
+        out, (batch, tokens, dims) = torch.empty_like(self.x), self.x.shape
+        rows, width = batch * tokens, next_power_of_two(dims)
+        elements, warps = SETTINGS['residual']
+        height = max(1, elements // width)
+        norm_kernels.residual_kernel[(ceil_div(rows, height),)](
+            *self.pointers(), out, rows, tokens, dims, HAS_BIAS=self.bias is not None,
+            HAS_SCALE=self.scale is not None, BM=height, BD=width, num_warps=warps,
+        )  # fmt: skip
+        return out
+
+
 def gate_width(shape: BlockShape, kinds: int = 2) -> int:
     """Columns of a tile with `kinds` columns a head: the two gates, or these and the scores."""
     return max(16, next_power_of_two(kinds * shape.heads))
@@ -136,9 +169,10 @@ class MixWeights:
 
 
 def _prepare(
-    shape: BlockShape, x: Tensor, weights: dict[str, Tensor | None], dtype: torch.dtype, folded: int
-) -> tuple[MixWeights, dict[str, Tensor | None], Tensor]:
-    """What `_mix` reads, the outer projections' weights in dtype and the normalised rows of x, all by one kernel."""
+    shape: BlockShape, stream: Stream, weights: dict[str, Tensor | None], dtype: torch.dtype, folded: int
+) -> tuple[MixWeights, dict[str, Tensor | None], Tensor, Tensor]:
+    """What `_mix` reads, the outer projections' weights in dtype, the stream's sum and its norm, all by one kernel."""
+    x, adds = stream.x, stream.branch is not None
     has_bias = weights['bq'] is not None
     with_scores = folded == VALUES_AND_KEYS and has_bias
     kinds = 3 if with_scores else 2
@@ -156,23 +190,25 @@ def _prepare(
     matrices, gate_matrices, *copies = low.split_with_sizes(
         [parts * 3 * MIX_CHANNELS**2, parts * 2 * MIX_CHANNELS * gates, *sizes.values()]
     )
-    rows, (count, dims) = x.flatten(0, 1), (shape.batch * shape.tokens, x.shape[2])
+    count, dims = shape.batch * shape.tokens, x.shape[2]
     norm, bias = weights['norm_w'], weights['norm_b']
-    normalised = rows.to(dtype) if norm is None else torch.empty_like(rows, dtype=dtype)
+    normalised = x.to(dtype) if norm is None else torch.empty_like(x, dtype=dtype)
+    total = torch.empty_like(x) if adds else x
     width = next_power_of_two(dims)
     height = max(1, SETTINGS['norm'][0] // width)
     others = 3 * parts + ceil_div(max(sizes.values()), COPY_BLOCK)
     kernels.prepare_kernel[(others + (0 if norm is None else ceil_div(count, height)),)](
         weights['wq'], weights['wk'], weights['wv'], *qkv_biases(weights), weights['wi'], weights['wf'],
         weights['conv_w'], constant, conv_w, turned, values, matrices, gate_matrices,
-        *(lowered.get(name, matrices) for name in sizes), *copies, rows, rows if norm is None else norm,
-        rows if bias is None else bias, normalised, *sizes.values(), parts, others, shape.inner,
-        count, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, FOLDED=folded, SCORES=with_scores, QB=shape.block,
-        HEADS=shape.heads, HAS_BIAS=has_bias, NORM_BIAS=bias is not None, BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK,
-        BM=height, BD=width, num_warps=SETTINGS['norm'][1],
+        *(lowered.get(name, matrices) for name in sizes), *copies, *stream.pointers(), total,
+        x if norm is None else norm, x if bias is None else bias, normalised, *sizes.values(), parts, others,
+        shape.inner, count, shape.tokens, dims, NORM_EPS, TAPS=taps, REVERSE=shape.reverse, FOLDED=folded,
+        SCORES=with_scores, QB=shape.block, HEADS=shape.heads, HAS_BIAS=has_bias, ADDS=adds,
+        BRANCH_BIAS=stream.bias is not None, HAS_SCALE=stream.scale is not None, NORM_BIAS=bias is not None,
+        BC=MIX_CHANNELS, BG=gates, BLOCK=COPY_BLOCK, BM=height, BD=width, num_warps=SETTINGS['norm'][1],
     )  # fmt: skip
     found |= {name: x.view_as(lowered[name]) for name, x in zip(sizes, copies, strict=True) if name in lowered}
-    return MixWeights(constant, conv_w, turned, values, matrices, gate_matrices, kinds), found, normalised
+    return MixWeights(constant, conv_w, turned, values, matrices, gate_matrices, kinds), found, total, normalised
 
 
 def _strip_height(rows: int, beside: int, processors: int) -> int:
@@ -294,31 +330,31 @@ def _folds(shape: BlockShape, cell: ModuleType) -> int:
 def block_forward(
     shape: BlockShape,
     cell: ModuleType,
-    x: Tensor,
+    stream: Stream,
     weights: dict[str, Tensor | None],
     dtype: torch.dtype,
     scale: Tensor | None,
     keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
+) -> tuple[Stream, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]:
     """Run one block, or without a norm's weight its inner part alone.
 
     Args:
         shape: Sizes and direction.
         cell: Module with the mLSTM's `forward` and `backward`, such as `triton_quadratic`.
-        x: Residual stream, (B, S, D), contiguous.
+        stream: Residual stream, contiguous.
         weights: The block's parameters by short name; see `mmvil.ops.block_op`.
         dtype: Type that activations are stored in and multiplied as.
         scale: Drop path factor per image, (B,), or None.
         keep: Whether there will be a backward pass. Else only the first result means something.
 
     Returns:
-        The new residual stream (of the inner part: its output in dtype), and for the backward pass: u (B, S, 2E), gates
-        (2, B, NH, S), h, the convolution's output, v (B, S, E), the cell's statistics.
+        The new residual stream (of the inner part: x is its output in dtype), and for the backward pass: the block's
+        input x (B, S, D), u (B, S, 2E), gates (2, B, NH, S), h, the convolution's output, v (B, S, E), the cell's
+        statistics.
     """
     folded = NOTHING if keep else _folds(shape, cell)
-    mix, lowered, normalised = _prepare(shape, x, weights, dtype, folded)
+    mix, lowered, x, normalised = _prepare(shape, stream, weights, dtype, folded)
     u = F.linear(normalised, lowered['up_w'], lowered['up_b'])
-    u = u.view(shape.batch, shape.tokens, 2 * shape.inner)
     a, z = u.chunk(2, -1)
     pre, q, k, v, shares = _mix(shape, a, mix, weights, folded)
     heads = [as_heads(t, shape.heads) for t in (q, k, v)]
@@ -327,33 +363,9 @@ def block_forward(
     h, statistics = cell.forward(*heads, gates[0], gates[1], shape.reverse, CELL_EPS, sums=folded > NOTHING, **known)
     del normalised, q, k, heads  # their memory is free for what comes
     y = _output(shape, h, pre, z, mix, cell.row_sums(statistics), weights, folded)
-    if weights['norm_w'] is not None:
-        out = _down(shape, y, lowered['down_w'], weights['down_b'], x, scale)
+    bias = weights['down_b']
+    if weights['norm_w'] is None:
+        out = Stream(F.linear(y, lowered['down_w'], None if bias is None else bias.to(dtype)))
     else:
-        out = F.linear(y, lowered['down_w'], None if weights['down_b'] is None else weights['down_b'].to(dtype))
-    return out, u, gates, h, pre, v, statistics
-
-
-def _down(shape: BlockShape, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, scale: Tensor | None) -> Tensor:
-    """Down-projection of y (B, S, E), weighted by scale per image, added to the residual stream x (B, S, D)."""
-    out = torch.empty_like(x)
-    rows, dims = shape.batch * shape.tokens, x.shape[-1]
-    others = weight if bias is None else bias, x, x if scale is None else scale, out, rows, shape.tokens
-    options = {'HAS_BIAS': bias is not None, 'HAS_SCALE': scale is not None}
-    if y.dtype == torch.float32 or dims > DOWN_MAX_DIMS:
-        width = next_power_of_two(dims)
-        height = max(1, SETTINGS['residual'][0] // width)
-        gemm_kernels.residual_kernel[(ceil_div(rows, height),)](
-            F.linear(y, weight), *others, dims, **options, BM=height, BD=width, num_warps=SETTINGS['residual'][1]
-        )
-        return out
-
-    def launch(tiles: Tiles) -> object:
-        grid = (ceil_div(dims, tiles.columns), ceil_div(rows, tiles.rows))
-        return gemm_kernels.down_kernel[grid](
-            y, weight, *others, shape.inner, dims, **options, BM=tiles.rows, BN=tiles.columns, BK=64,
-            PRECISION='ieee', **tiles.options(),
-        )  # fmt: skip
-
-    launch_first_fitting(DOWN_TILES, launch)
-    return out
+        out = Stream(x, F.linear(y, lowered['down_w']), bias, scale)
+    return out, x, u, gates, h, pre, v, statistics

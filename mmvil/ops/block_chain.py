@@ -43,6 +43,10 @@ class _Kind(NamedTuple):
         """What comes next: one thing for each parameter, and one for the factor."""
         return list(islice(given, len(self.names))), next(given) if self.scaled else None
 
+    def bias(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """That of the down-projection."""
+        return weights[self.names.index('down_b')] if 'down_b' in self.names else None
+
 
 def fused_blocks(
     x: Tensor,
@@ -107,15 +111,24 @@ def _run_forward(
     tensors: Sequence[Tensor], _: torch.Size, chain: tuple[_Kind, ...], rows: int, columns: int, dtype: torch.dtype,
     keep: bool, precision: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Output, and with `keep` the inputs of all blocks but the first and what each keeps. Blocks are repeated alone."""
+    """Output, and with `keep` the inputs of all blocks but the first and what each keeps. Blocks are repeated alone.
+
+    A block's norm makes the sum of the residual stream that the block before ends with.
+    """
     x, *given = tensors
-    rest, inputs, kept = iter(given), [], []
-    for kind in chain:
-        inputs.append(x)
+    rest, left, inputs, kept = iter(given), None, [], []
+    for number, kind in enumerate(chain, 1):
         weights, scale = kind.take(rest)
-        x, *saved = forward(x, kind.names, weights, scale, (rows, columns, kind.heads, kind.reverse), dtype, keep)
+        sizes, finish = (rows, columns, kind.heads, kind.reverse), number == len(chain)
+        settings = kind.names, weights, scale, sizes, dtype, keep
+        if left is None:
+            out, *saved = forward(x, *settings, finish=finish)
+        else:
+            out, x, *saved = forward(x, *settings, left, finish)
+            inputs.append(x)
         kept += saved
-    return [x, *inputs[1:], *kept] if keep else [x]
+        left = out, kind.bias(weights), scale
+    return [out, *inputs, *kept] if keep else [out]
 
 
 def _run_backward(

@@ -1,4 +1,4 @@
-"""What the kernels around the mLSTM cell of a ViL block share, and the kernel that lays out weights and normalises.
+"""What the kernels around the mLSTM cell of a ViL block share, and the kernel that lays out weights, adds, normalises.
 
 Names, all in the kernels' own units (a token is one row of S, a channel one column of E):
 
@@ -165,14 +165,15 @@ def _store_exact(
     tl.store(constant_ptr + part * BG + tl.arange(0, BG), tl.sum(constant, 0))
 
 
-@triton.jit(do_not_specialize=['rows', 'parts', 'others'])
+@triton.jit(do_not_specialize=['rows', 'S', 'parts', 'others'])
 def prepare_kernel(
     wq_ptr, wk_ptr, wv_ptr, bq_ptr, bk_ptr, bv_ptr, wi_ptr, wf_ptr, conv_ptr, constant_ptr, taps_ptr, turned_ptr,
     values_ptr, matrix_ptr, gate_matrix_ptr, up_w_ptr, up_b_ptr, down_w_ptr, up_w_copy_ptr, up_b_copy_ptr,
-    down_w_copy_ptr, x_ptr, norm_w_ptr, norm_b_ptr, out_ptr, up_w_size, up_b_size, down_w_size, parts, others, E, rows,
-    D, eps, TAPS: tl.constexpr, REVERSE: tl.constexpr, FOLDED: tl.constexpr, SCORES: tl.constexpr, QB: tl.constexpr,
-    HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, NORM_BIAS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    down_w_copy_ptr, x_ptr, branch_ptr, branch_b_ptr, scale_ptr, sum_ptr, norm_w_ptr, norm_b_ptr, out_ptr, up_w_size,
+    up_b_size, down_w_size, parts, others, E, rows, S, D, eps, TAPS: tl.constexpr, REVERSE: tl.constexpr,
+    FOLDED: tl.constexpr, SCORES: tl.constexpr, QB: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr, BRANCH_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, NORM_BIAS: tl.constexpr, BC: tl.constexpr,
+    BG: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Weights as the other kernels read them, and the norm, which does not depend on that and hides how long it takes.
 
@@ -183,11 +184,15 @@ def prepare_kernel(
     are in the activations' dtype. FOLDED from 1 on: Wv is not among the matrices, but its blocks are written to values,
     (QB, QB, E / QB). FOLDED 2: in place of Wq and Wk there is Wk^T Wq; with SCORES turned (E) is Wk^T bq, and the maps
     from c and the constants have HEADS columns more, for q.bk of each head. Three programs for each part of BC
-    channels, `others` in all with those that copy; the rest normalise BM rows of D each.
+    channels, `others` in all with those that copy; the rest normalise BM rows of D each, with ADDS of a sum that the
+    block before has left, x + scale * (branch + branch_b), which goes to sum.
     """
     program = tl.program_id(0)
     if program >= others:
-        normalise(x_ptr, norm_w_ptr, norm_b_ptr, out_ptr, program - others, rows, D, eps, NORM_BIAS, BM, BD)
+        normalise(
+            x_ptr, branch_ptr, branch_b_ptr, scale_ptr, sum_ptr, norm_w_ptr, norm_b_ptr, out_ptr, program - others,
+            rows, S, D, eps, ADDS, BRANCH_BIAS, HAS_SCALE, NORM_BIAS, BM, BD,
+        )  # fmt: skip
     elif program >= 3 * parts:
         first = (program - 3 * parts) * BLOCK
         up_w = _load_block(up_w_ptr, first, up_w_size, BLOCK)

@@ -1,10 +1,11 @@
-"""Device code at both ends of a ViL block: the norm before it, and head norm, skip and gate after the mLSTM cell.
+"""Device code at both ends of a ViL block: residual and norm, and head norm, skip and gate after the mLSTM cell.
 
-x   (B, S, D)       residual stream
-z   (B, S, E)       second half of the up-projection
-pre (B, S, E)       convolved first half, c = SiLU(pre)
-h   (B, NH, S, DH)  output of the cell
-y   (B, S, E)       (norm(h) + skip * c) * SiLU(z)
+x      (B, S, D)       residual stream
+branch (B, S, D)       down-projection of a block, without its bias
+z      (B, S, E)       second half of the up-projection
+pre    (B, S, E)       convolved first half, c = SiLU(pre)
+h      (B, NH, S, DH)  output of the cell
+y      (B, S, E)       (norm(h) + skip * c) * SiLU(z)
 """
 
 import triton
@@ -12,19 +13,59 @@ import triton.language as tl
 
 from .triton_gates import fast_sigmoid
 
-__all__ = ['normalise', 'output_kernel']
+__all__ = ['normalise', 'output_kernel', 'residual_kernel']
+
+
+@triton.jit
+def _add_branch(
+    x_ptr, branch_ptr, b_ptr, scale_ptr, sum_ptr, row, rows, S, D,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """x + scale * (branch + b) for some rows: written to sum, and given as others will read it there, in float32."""
+    col = tl.arange(0, BD)
+    mask = (row < rows)[:, None] & (col < D)[None, :]
+    place = row.to(tl.int64)[:, None] * D + col[None, :]
+    branch = tl.load(branch_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        branch += tl.load(b_ptr + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        branch *= tl.load(scale_ptr + row // S, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    total = tl.where(mask, x + branch, 0.0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + place, total, mask=mask)
+    return total.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=['rows', 'S'])
+def residual_kernel(
+    x_ptr, branch_ptr, b_ptr, scale_ptr, sum_ptr, rows, S, D, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The end of a block that no other follows: x + scale * (branch + b), summed in float32, for BM rows.
+
+    Scale is per image of S rows.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    _add_branch(x_ptr, branch_ptr, b_ptr, scale_ptr, sum_ptr, row, rows, S, D, HAS_BIAS, HAS_SCALE, BD)
 
 
 @triton.jit
 def normalise(
-    x_ptr, w_ptr, b_ptr, out_ptr, block, rows, D, eps, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
-):
-    """out = (x - mean) * rstd * (1 + w) + b for a block of BM rows."""
+    x_ptr, branch_ptr, branch_b_ptr, scale_ptr, sum_ptr, w_ptr, b_ptr, out_ptr, block, rows, S, D, eps,
+    ADDS: tl.constexpr, BRANCH_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out = (x - mean) * rstd * (1 + w) + b for a block of BM rows; ADDS: of what `_add_branch` makes of x."""
     row = block * BM + tl.arange(0, BM)
     col = tl.arange(0, BD)
     mask = (row < rows)[:, None] & (col < D)[None, :]
     place = row.to(tl.int64)[:, None] * D + col[None, :]
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if ADDS:
+        x = _add_branch(
+            x_ptr, branch_ptr, branch_b_ptr, scale_ptr, sum_ptr, row, rows, S, D, BRANCH_BIAS, HAS_SCALE, BD
+        )
+    else:
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / D
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)

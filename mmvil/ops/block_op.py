@@ -236,34 +236,45 @@ vil_block_fwd.register_autograd(_operator_backward, setup_context=_setup_context
 
 def forward(
     x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], scale: Tensor | None, sizes: tuple,
-    dtype: torch.dtype, keep: bool = True,
+    dtype: torch.dtype, keep: bool = True, added: Sequence[Tensor | None] = (None, None, None), finish: bool = True,
 ) -> list[Tensor]:  # fmt: skip
-    """Results of `vil_block_fwd`, without `keep` only the first."""
-    tensors = [x, *weights] if scale is None else [x, *weights, scale]
-    return repeated(_run_forward)(tensors, x.shape, names, *sizes, dtype, keep, dot_precision(dtype))
+    """Results of `vil_block_fwd`, without `keep` only the first.
+
+    Added is what the block before has left to be added to x, its branch, bias and factor; the sum is the second result
+    then. Without `finish` the first result is the branch of this one.
+    """
+    others = [scale, *added]
+    tensors = [x, *weights, *(t for t in others if t is not None)]
+    present = tuple(t is not None for t in others)
+    settings = names, *sizes, dtype, keep, present, finish, dot_precision(dtype)
+    return repeated(_run_forward)(tensors, x.shape, *settings)
 
 
 def _run_forward(
     tensors: Sequence[Tensor], _: torch.Size, names: tuple[str, ...], rows: int, columns: int, heads: int,
-    reverse: bool, dtype: torch.dtype, keep: bool, precision: str,
+    reverse: bool, dtype: torch.dtype, keep: bool, present: tuple[bool, ...], finish: bool, precision: str,
 ) -> list[Tensor]:  # fmt: skip
     """What `forward` repeats; the launchers look for the precision themselves."""
     x, *rest = tensors
-    named, scale = _named(names, rest), rest[-1] if len(rest) > len(names) else None
-    shape = _shape(x, named, rows, columns, heads, reverse)
-    out, *saved, statistics = _launchers().block_forward(shape, _cell(shape, keep), x, named, dtype, scale, keep)
+    named, others = _named(names, rest), iter(rest[len(names) :])
+    scale, *added = (next(others) if is_present else None for is_present in present)
+    shape, launchers = _shape(x, named, rows, columns, heads, reverse), _launchers()
+    stream, x, *saved, statistics = launchers.block_forward(
+        shape, _cell(shape, keep), launchers.Stream(x, *added), named, dtype, scale, keep
+    )
+    results = [stream.summed() if finish else stream.branch, *([x] if present[1] else [])]
     if not keep:
-        return [out]
+        return results
     if not interpreting():
-        _build_backward(shape, out, x, saved, statistics, named, scale)
-    return [out, *saved, *statistics]
+        _build_backward(shape, stream.x, x, saved, statistics, named, scale)
+    return [*results, *saved, *statistics]
 
 
 def _build_backward(
-    shape: object, out: Tensor, x: Tensor, saved: Sequence[Tensor], statistics: Sequence[Tensor],
+    shape: object, like: Tensor, x: Tensor, saved: Sequence[Tensor], statistics: Sequence[Tensor],
     named: dict[str, Tensor | None], scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """Run the backward pass of the first block of its kind.
+    """Run the backward pass of the first block of its kind, whose output is like a given tensor.
 
     If its kernels cannot be built, this must be known while the plain modules can still run: later they would need
     activations that are gone.
@@ -274,7 +285,7 @@ def _build_backward(
     dtypes = [None if tensor is None else tensor.dtype for tensor in (x, saved[0], scale, *named.values())]
     key = x.get_device(), *kind, *dtypes
     if key not in _built:
-        dout = torch.zeros_like(out)
+        dout = torch.zeros_like(like)
         _backward_launchers().block_backward(shape, cell, dout, x, *saved, tuple(statistics), named, scale)
         _built.add(key)
 
