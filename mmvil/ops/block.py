@@ -44,23 +44,22 @@ norm_kernels = FastKernels(block_norm_kernels)
 # Channels and pairs of tokens of a program of the forward mixing kernel, fixed by how its threads hold them.
 MIX_CHANNELS = 32
 MIX_PAIRS = 8
-# Sequences and heads up to which the gates are summed and scanned by one kernel, an image a program.
+# Sequences up to which the gates are summed and scanned by one kernel, a head a program.
 SCAN_TOKENS = triton_quadratic.SCAN_SPANS['SHORT_SPAN']
-SCAN_HEADS = 8
 COPY_BLOCK = 2048
 # Edge of the projections' blocks where they are folded: a thread holds that many neighbouring channels.
 FOLDED_BLOCK = 4
 NOTHING, VALUES, VALUES_AND_KEYS = range(3)
 """What of the projections is folded into its neighbours and does not exist."""
 LOWERED = ('up_w', 'up_b', 'down_w')
-# Elements or tokens of a tile, warps; 'mix_rows' are the fewest and most steps of a mixing program over a grid, and its
-# steps over a sequence.
+# Elements or tokens of a tile, warps, and of gates the parts asked for at once; 'mix_rows' are the fewest and most
+# steps of a mixing program over a grid, and its steps over a sequence.
 SETTINGS = {
     'norm': (4096, 4),
     'residual': (4096, 4),
     'mix_rows': (4, 6, 4),
-    'gates': (64, 2),
-    'scan': (SCAN_TOKENS, 8),
+    'gates': (128, 4, 8),
+    'scan': (SCAN_TOKENS, 8, 8),
 }
 # Elements of a tile, warps, stages of the loop; programs that a multiprocessor holds at a time, and where each holds
 # many weights of folded projections.
@@ -226,7 +225,7 @@ def _strip_height(rows: int, beside: int, processors: int) -> int:
 def _mix(
     shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None], folded: int
 ) -> tuple[Tensor, ...]:
-    """The convolution's output, q, k, v (B, S, E) and shares (parts, B * S, kinds * NH) of the gates.
+    """The convolution's output, q, k, v (B, S, E) and shares (parts, kinds * NH, B * S) of the gates.
 
     With values folded, c and a stand for the convolution's output and v; with keys, Wk^T q and c for q and k.
     """
@@ -235,6 +234,7 @@ def _mix(
     k = pre if folded == VALUES_AND_KEYS else torch.empty_like(pre)
     v = a if folded else torch.empty_like(pre)
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
+    along = shape.grid[1] if shape.two_dimensional else shape.tokens  # what is cut into pairs
     biases = [mix.turned] * 3 if folded == VALUES_AND_KEYS else qkv_biases(weights)
     tensors = (
         a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices, *biases,
@@ -243,7 +243,7 @@ def _mix(
     options = {
         'FOLDED': folded, 'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
         'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
-        'BG': gate_width(shape, mix.kinds), 'num_warps': 1, 'num_stages': 1,
+        'BG': gate_width(shape, mix.kinds), 'WHOLE': along % 2 == 0, 'num_warps': 1, 'num_stages': 1,
     }  # fmt: skip
     if shape.two_dimensional:
         rows, columns = shape.grid
@@ -270,18 +270,21 @@ def _gates(
     width = gate_width(shape, mix.kinds)
     parts = mix.constant.numel() // width
     tensors = shares, mix.constant, weights['bi'], weights['bf'], gates
-    options = {'SCORES': mix.kinds > 2, 'HEADS': shape.heads, 'BG': width, 'BN': next_power_of_two(shape.heads)}
-    if cell is triton_quadratic and shape.tokens <= SCAN_TOKENS and shape.heads <= SCAN_HEADS:
+    options = {
+        'SCORES': mix.kinds > 2, 'HEADS': shape.heads, 'PARTS': parts, 'BG': width, 'BC': next_power_of_two(parts)
+    }  # fmt: skip
+    if cell is triton_quadratic and shape.tokens <= SCAN_TOKENS:
         (stats,) = cell.empty_saved(q)
         pitch = stats.shape[-1] // cell.BLOCK
-        gate_kernels.gates_scan_kernel[(shape.batch,)](
-            *tensors, stats, shape.batch, shape.tokens, parts, pitch, shape.batch * shape.heads * pitch,
-            int(shape.reverse), **options, SPAN=SCAN_TOKENS, num_warps=SETTINGS['scan'][1],
+        rows, (span, warps, at_once) = shape.batch * shape.heads, SETTINGS['scan']
+        gate_kernels.gates_scan_kernel[(rows,)](
+            *tensors, stats, shape.batch, shape.tokens, pitch, rows * pitch, int(shape.reverse), **options,
+            BP=at_once, SPAN=span, num_warps=warps,
         )  # fmt: skip
         return gates, stats
-    step, warps = SETTINGS['gates']
-    gate_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step),)](
-        *tensors, shape.batch, shape.tokens, parts, **options, BT=step, num_warps=warps
+    step, warps, at_once = SETTINGS['gates']
+    gate_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step), shape.heads)](
+        *tensors, shape.batch, shape.tokens, **options, BP=at_once, BT=step, num_warps=warps
     )
     return gates, None
 

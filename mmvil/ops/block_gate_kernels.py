@@ -9,102 +9,99 @@ __all__ = ['gates_kernel', 'gates_scan_kernel']
 
 
 @triton.jit
-def _load_share(share_ptr, constant_ptr, place, part, parts, pitch, mask, FIRST: tl.constexpr, BG: tl.constexpr, g):
-    """What one part adds to the gates from column FIRST on, (BT, BN), zero behind the last part."""
-    share = tl.load(share_ptr + part * pitch + place + FIRST, mask=mask & (part < parts), other=0.0)
-    return share, tl.load(constant_ptr + part * BG + FIRST + g, mask=(part < parts) & (g >= 0), other=0.0)
+def _constant(ptr, column, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
+    """What the constants of all parts add to one column of the gates."""
+    part = tl.arange(0, BC)
+    return tl.sum(tl.load(ptr + part * BG + column, mask=part < PARTS, other=0.0), 0)
 
 
 @triton.jit
 def _sum_shares(
-    share_ptr, constant_ptr, bi_ptr, bf_ptr, token, live, tokens, parts,
-    SCORES: tl.constexpr, HEADS: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr,
+    share_ptr, constant_ptr, bi_ptr, bf_ptr, head, token, tokens,
+    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr,
 ):  # fmt: skip
-    """Input and forget gates of some tokens and q.bk, if there are SCORES, (BT, BN) each.
+    """Input and forget gates of some tokens of a head and q.bk, if there are SCORES, (BT) each. Masks nothing.
 
-    A thread holds whole rows and adds up in registers.
+    A thread holds a token, asks for BP parts of all columns at once, and adds up in registers. Parts are known when
+    compiling: loads of those behind the last vanish, and addresses take few instructions.
     """
-    g = tl.arange(0, BN)
-    has = g < HEADS
-    mask = live[:, None] if BN == HEADS else live[:, None] & has[None, :]  # the same for adjacent gates: wide loads
-    zeros = tl.zeros((token.shape[0], BN), tl.float32)
-    igate = zeros + tl.load(bi_ptr + g, mask=has, other=0.0).to(tl.float32)[None, :]
-    fgate = zeros + tl.load(bf_ptr + g, mask=has, other=0.0).to(tl.float32)[None, :]
-    score = zeros
-    WIDTH: tl.constexpr = (3 if SCORES else 2) * HEADS
-    pitch = tokens * WIDTH
-    place = token[:, None] * WIDTH + g[None, :]
-    for part in range(0, parts, 4):  # four at a time, so that enough bytes are on their way
-        i0, ci0 = _load_share(share_ptr, constant_ptr, place, part, parts, pitch, mask, 0, BG, g)
-        f0, cf0 = _load_share(share_ptr, constant_ptr, place, part, parts, pitch, mask, HEADS, BG, g)
-        i1, ci1 = _load_share(share_ptr, constant_ptr, place, part + 1, parts, pitch, mask, 0, BG, g)
-        f1, cf1 = _load_share(share_ptr, constant_ptr, place, part + 1, parts, pitch, mask, HEADS, BG, g)
-        i2, ci2 = _load_share(share_ptr, constant_ptr, place, part + 2, parts, pitch, mask, 0, BG, g)
-        f2, cf2 = _load_share(share_ptr, constant_ptr, place, part + 2, parts, pitch, mask, HEADS, BG, g)
-        i3, ci3 = _load_share(share_ptr, constant_ptr, place, part + 3, parts, pitch, mask, 0, BG, g)
-        f3, cf3 = _load_share(share_ptr, constant_ptr, place, part + 3, parts, pitch, mask, HEADS, BG, g)
-        igate += (i0 + i1) + (i2 + i3) + ((ci0 + ci1) + (ci2 + ci3))[None, :]
-        fgate += (f0 + f1) + (f2 + f3) + ((cf0 + cf1) + (cf2 + cf3))[None, :]
+    igate = tl.zeros(token.shape, tl.float32)
+    fgate, score = igate, igate
+    kind = tokens * HEADS  # from a head's input gate to its forget gate
+    pitch = kind * (3 if SCORES else 2)
+    ptr = share_ptr + (head * tokens + token)[:, None]  # tokens first: neighbouring threads get neighbouring ones
+    part = tl.arange(0, BP)[None, :]
+    offset = part * pitch
+    for first in tl.static_range(0, PARTS, BP):
+        has = first + part < PARTS
+        i = tl.load(ptr + offset, mask=has, other=0.0)
+        f = tl.load(ptr + kind + offset, mask=has, other=0.0)
         if SCORES:
-            s0, cs0 = _load_share(share_ptr, constant_ptr, place, part, parts, pitch, mask, 2 * HEADS, BG, g)
-            s1, cs1 = _load_share(share_ptr, constant_ptr, place, part + 1, parts, pitch, mask, 2 * HEADS, BG, g)
-            s2, cs2 = _load_share(share_ptr, constant_ptr, place, part + 2, parts, pitch, mask, 2 * HEADS, BG, g)
-            s3, cs3 = _load_share(share_ptr, constant_ptr, place, part + 3, parts, pitch, mask, 2 * HEADS, BG, g)
-            score += (s0 + s1) + (s2 + s3) + ((cs0 + cs1) + (cs2 + cs3))[None, :]
+            s = tl.load(ptr + 2 * kind + offset, mask=has, other=0.0)
+            score += tl.sum(s, 1)
+        igate += tl.sum(i, 1)
+        fgate += tl.sum(f, 1)
+        ptr += BP * pitch
+    igate += _constant(constant_ptr, head, PARTS, BG, BC) + tl.load(bi_ptr + head).to(tl.float32)
+    fgate += _constant(constant_ptr, HEADS + head, PARTS, BG, BC) + tl.load(bf_ptr + head).to(tl.float32)
+    if SCORES:
+        score += _constant(constant_ptr, 2 * HEADS + head, PARTS, BG, BC)
     return igate, fgate, score
 
 
-@triton.jit(do_not_specialize=['B', 'S', 'parts'])
-def gates_kernel(
-    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, B, S, parts,
-    SCORES: tl.constexpr, HEADS: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Gates (2, B, NH, S): shares (parts, B * S, 2 NH), constants (parts, BG) and biases added up.
+@triton.jit
+def _store_gates(ptr, plane, mask, igate, fgate, score, SCORES: tl.constexpr):
+    """Write what `_sum_shares` made to places `ptr` of planes."""
+    tl.store(ptr, igate, mask=mask)
+    tl.store(ptr + plane, fgate, mask=mask)
+    if SCORES:
+        tl.store(ptr + 2 * plane, score, mask=mask)
 
-    SCORES: (3, B, NH, S) of 3 NH columns, the last q.bk.
+
+@triton.jit(do_not_specialize=['B', 'S'])
+def gates_kernel(
+    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, B, S,
+    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Gates (2, B, NH, S): shares (parts, 2 NH, B * S), constants (parts, BG) and biases added up.
+
+    SCORES: (3, B, NH, S) of 3 NH planes, the last q.bk. Grid: blocks of BT tokens by heads.
     """
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    head = tl.program_id(1)
     tokens = B.to(tl.int64) * S
     live = token < tokens
-    g = tl.arange(0, BN)
     igate, fgate, score = _sum_shares(
-        share_ptr, constant_ptr, bi_ptr, bf_ptr, token, live, tokens, parts, SCORES, HEADS, BG, BN
-    )
+        share_ptr, constant_ptr, bi_ptr, bf_ptr, head, tl.minimum(token, tokens - 1), tokens,
+        SCORES, HEADS, PARTS, BG, BC, BP,
+    )  # fmt: skip
     image = token // S
-    target = gates_ptr + (image[:, None] * HEADS + g[None, :]) * S + (token - image * S)[:, None]
-    mask = live[:, None] & (g < HEADS)[None, :]
-    tl.store(target, igate, mask=mask)
-    tl.store(target + tokens * HEADS, fgate, mask=mask)
-    if SCORES:
-        tl.store(target + 2 * tokens * HEADS, score, mask=mask)
+    target = gates_ptr + (image * HEADS + head) * S + (token - image * S)
+    _store_gates(target, tokens * HEADS, live, igate, fgate, score, SCORES)
 
 
-@triton.jit(do_not_specialize=['B', 'S', 'parts', 'pitch', 'plane', 'reverse'])
+@triton.jit(do_not_specialize=['B', 'S', 'pitch', 'plane', 'reverse'])
 def gates_scan_kernel(
-    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, stats, B, S, parts, pitch, plane, reverse,
-    SCORES: tl.constexpr, HEADS: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
+    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, stats, B, S, pitch, plane, reverse,
+    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """`gates_kernel` and `gate_scan_kernel` of the quadratic form in one, for sequences of up to SPAN. Grid: B."""
-    image = tl.program_id(0).to(tl.int64)
+    """`gates_kernel` and `gate_scan_kernel` of the quadratic form in one, for sequences of up to SPAN. Grid: B * NH."""
+    row = tl.program_id(0).to(tl.int64)
+    head, image = tl.program_id(0) % HEADS, row // HEADS
     tokens = B.to(tl.int64) * S
     position = tl.arange(0, SPAN)
-    token = tl.where(reverse != 0, S - 1 - position, position)
     live = position < S
-    g = tl.arange(0, BN)
+    token = tl.where(live, tl.where(reverse != 0, S - 1 - position, position), 0)
     igate, fgate, score = _sum_shares(
-        share_ptr, constant_ptr, bi_ptr, bf_ptr, image * S + token, live, tokens, parts, SCORES, HEADS, BG, BN
+        share_ptr, constant_ptr, bi_ptr, bf_ptr, head, image * S + token, tokens, SCORES, HEADS, PARTS, BG, BC, BP
     )
-    row = image * HEADS + g[None, :]
-    target, has = gates_ptr + row * S + token[:, None], (g < HEADS)[None, :]
-    valid = live[:, None] & has
-    tl.store(target, igate, mask=valid)
-    tl.store(target + tokens * HEADS, fgate, mask=valid)
-    if SCORES:
-        tl.store(target + 2 * tokens * HEADS, score, mask=valid)
-    _, forget, g, top = scan_span(igate, fgate, valid, tl.zeros((), tl.float64), tl.full((), CLOSED, tl.float64))
-    block_start = tl.min(tl.reshape(top, (SPAN // BLOCK, BLOCK, BN)), 1)
-    relative = (tl.reshape(g, (SPAN // BLOCK, BLOCK, BN)) - block_start[:, None, :]) * LOG2_E
-    relative = tl.reshape(relative.to(tl.float32), (SPAN, BN))
-    padded = (position < pitch * BLOCK)[:, None] & has
-    out = stats + row * pitch * BLOCK + position[:, None]
-    store_scans(out, plane.to(tl.int64) * BLOCK, padded, valid, forget, g, top, relative)
+    _store_gates(gates_ptr + row * S + token, tokens * HEADS, live, igate, fgate, score, SCORES)
+    _, forget, g, top = scan_span(igate, fgate, live, tl.zeros((), tl.float64), tl.full((), CLOSED, tl.float64))
+    block_start = tl.min(tl.reshape(top, (SPAN // BLOCK, BLOCK)), 1)
+    relative = (tl.reshape(g, (SPAN // BLOCK, BLOCK)) - block_start[:, None]) * LOG2_E
+    relative = tl.reshape(relative.to(tl.float32), (SPAN,))
+    out = stats + row * pitch * BLOCK + position
+    store_scans(out, plane.to(tl.int64) * BLOCK, position < pitch * BLOCK, live, forget, g, top, relative)

@@ -140,11 +140,38 @@ def _put(ptr, place, E, even, odd, has_even, has_odd):
 
 
 @triton.jit
+def _put_shares(
+    ptr, gate, live_even, live_odd, tokens, GATES: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Write columns (2 * PAIRS, BG) of the gates as planes of `tokens`, the even tokens to places `ptr` of the first.
+
+    A thread of the matrix unit has both tokens of a pair and columns 8 n + 2 m + l for all n and l. With axes in the
+    order (m, pair, columns, token) no value changes its thread, and a warp fills a gapless piece of four planes at once
+    if there are no odd tokens missing (WHOLE): then places are even.
+    """
+    gate = tl.permute(tl.reshape(gate, (2, PAIRS, BG // 8, 4, 2)), (3, 1, 2, 4, 0))
+    gate = tl.reshape(gate, (4, PAIRS, BG // 4, 2))
+    i = tl.arange(0, BG // 4)
+    column = 2 * tl.arange(0, 4)[:, None, None] + (i // 2 * 8 + i % 2)[None, None, :]
+    place = ptr[None, :, None] + column * tokens
+    exists = column < GATES
+    has_even, has_odd = live_even[None, :, None] & exists, live_odd[None, :, None] & exists
+    if WHOLE:
+        both = tl.multiple_of(place[:, :, :, None], (8, 8, 8, 8)) + tl.arange(0, 2)[None, None, None, :]
+        tl.store(both, gate, mask=has_even[:, :, :, None])
+    else:
+        even, odd = tl.split(gate)
+        tl.store(place, even, mask=has_even)
+        tl.store(place + 1, odd, mask=has_odd)
+
+
+@triton.jit
 def _emit(
     pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, part, tokens,
     matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
     FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S.
 
@@ -183,10 +210,8 @@ def _emit(
     from_c, from_a = gate_matrices
     gate = tl.dot(c_rows, from_c, input_precision=PRECISION)
     gate = tl.dot(a_rows, from_a, gate, input_precision=PRECISION)
-    g = tl.arange(0, BG)
-    live = tl.reshape(tl.permute(tl.join(live_even, live_odd), (1, 0)), (2 * PAIRS,))
-    row = tl.reshape(tl.permute(tl.join(token, token + 1), (1, 0)), (2 * PAIRS,)) + part.to(tl.int64) * tokens
-    tl.store(gate_ptr + row[:, None] * GATES + g[None, :], gate, mask=live[:, None] & (g < GATES)[None, :])
+    gate_ptr += part.to(tl.int64) * GATES * tokens
+    _put_shares(gate_ptr + token, gate, live_even, live_odd, tokens, GATES, PAIRS, BG, WHOLE)
 
 
 @triton.jit
@@ -211,12 +236,12 @@ def mix2d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, parts,
     FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates.
 
-    Shares are (parts, B * S, GATES). FOLDED from 1 on: c in place of pre and no v; FOLDED 2: nor k, and in place of q
-    Wk^T (Wq c + bq).
+    Shares are (parts, GATES, B * S). FOLDED from 1 on: c in place of pre and no v; FOLDED 2: nor k, and in place of q
+    Wk^T (Wq c + bq). WHOLE: the grid is of even width.
     A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Grid: strips * parts.
     """
     part = tl.program_id(0) % parts
@@ -226,7 +251,7 @@ def mix2d_kernel(
     image_pairs = (GW + 1) // 2
     batch, col = (pair // image_pairs).to(tl.int64), pair % image_pairs * 2
     live = batch < B
-    live_odd = live & (col + 1 < GW)
+    live_odd = live if WHOLE else live & (col + 1 < GW)
     inside = _inside(channel, E, EVEN)
     has0, has1 = (live & (col > 0))[:, None] & inside, live[:, None] & inside
     has2, has3 = live_odd[:, None] & inside, (live & (col + 2 < GW))[:, None] & inside
@@ -275,7 +300,7 @@ def mix2d_kernel(
         _emit(
             pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, part, B.to(tl.int64) * S,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG, WHOLE,
         )  # fmt: skip
         a_even, a_odd = new_even, new_odd
         token += GW
@@ -298,9 +323,9 @@ def mix1d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, ROWS, blocks, parts,
     REVERSE: tl.constexpr, FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs of tokens."""
+    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs. WHOLE: S is even."""
     part = tl.program_id(0) % parts
     strip = tl.program_id(0) // parts
     batch = (strip // blocks).to(tl.int64)
@@ -335,6 +360,6 @@ def mix1d_kernel(
         _emit(
             pre_even, pre_odd, a_even, a_odd, batch * S + t, t < S, t + 1 < S, channel, part, B.to(tl.int64) * S,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG, WHOLE,
         )  # fmt: skip
         t += 2 * PAIRS
