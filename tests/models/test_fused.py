@@ -350,8 +350,23 @@ def inference_error(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, 
         (16, (13, 20), {'norm_bias': False}),  # more tokens than one scan takes
         (32, (1, 2), {'num_heads': 2}),
         (80, (2, 9), {}),  # heads in two pieces
+        (16, (16, 16), {}),  # as many tokens as one scan takes
+        (24, (1, 257), V1),
+        (160, (2, 3), {'num_heads': 10}),  # more parts than are asked for at once, columns of two products
+        (16, (4, 6), V1),
     ],
-    ids=['2d', 'no-bias', 'v1', 'many-tokens', 'two-tokens', 'two-pieces'],
+    ids=[
+        '2d',
+        'no-bias',
+        'v1',
+        'many-tokens',
+        'two-tokens',
+        'two-pieces',
+        'full-scan',
+        'just-more',
+        'many-heads',
+        'even-v1',
+    ],
 )
 def test_inference_without_keys_and_values(
     dims: int, grid: tuple[int, int], options: dict, reverse: bool, nan_filled_empty: None
