@@ -234,7 +234,6 @@ def _mix(
     k = pre if folded == VALUES_AND_KEYS else torch.empty_like(pre)
     v = a if folded else torch.empty_like(pre)
     shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
-    along = shape.grid[1] if shape.two_dimensional else shape.tokens  # what is cut into pairs
     biases = [mix.turned] * 3 if folded == VALUES_AND_KEYS else qkv_biases(weights)
     tensors = (
         a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices, *biases,
@@ -243,7 +242,7 @@ def _mix(
     options = {
         'FOLDED': folded, 'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
         'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
-        'BG': gate_width(shape, mix.kinds), 'WHOLE': along % 2 == 0, 'num_warps': 1, 'num_stages': 1,
+        'BG': gate_width(shape, mix.kinds), 'num_warps': 1, 'num_stages': 1,
     }  # fmt: skip
     if shape.two_dimensional:
         rows, columns = shape.grid

@@ -141,14 +141,13 @@ def _put(ptr, place, E, even, odd, has_even, has_odd):
 
 @triton.jit
 def _put_shares(
-    ptr, gate, live_even, live_odd, tokens, GATES: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
+    ptr, gate, live_even, live_odd, whole, tokens, GATES: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr
+):
     """Write columns (2 * PAIRS, BG) of the gates as planes of `tokens`, the even tokens to places `ptr` of the first.
 
     A thread of the matrix unit has both tokens of a pair and columns 8 n + 2 m + l for all n and l. With axes in the
     order (m, pair, columns, token) no value changes its thread, and a warp fills a gapless piece of four planes at once
-    if there are no odd tokens missing (WHOLE): then places are even.
+    if no pair lacks its odd token (whole): then places are even.
     """
     gate = tl.permute(tl.reshape(gate, (2, PAIRS, BG // 8, 4, 2)), (3, 1, 2, 4, 0))
     gate = tl.reshape(gate, (4, PAIRS, BG // 4, 2))
@@ -157,7 +156,7 @@ def _put_shares(
     place = ptr[None, :, None] + column * tokens
     exists = column < GATES
     has_even, has_odd = live_even[None, :, None] & exists, live_odd[None, :, None] & exists
-    if WHOLE:
+    if whole:
         both = tl.multiple_of(place[:, :, :, None], (8, 8, 8, 8)) + tl.arange(0, 2)[None, None, None, :]
         tl.store(both, gate, mask=has_even[:, :, :, None])
     else:
@@ -168,10 +167,10 @@ def _put_shares(
 
 @triton.jit
 def _emit(
-    pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, part, tokens,
+    pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, whole, channel, part, tokens,
     matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
     FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S.
 
@@ -211,7 +210,7 @@ def _emit(
     gate = tl.dot(c_rows, from_c, input_precision=PRECISION)
     gate = tl.dot(a_rows, from_a, gate, input_precision=PRECISION)
     gate_ptr += part.to(tl.int64) * GATES * tokens
-    _put_shares(gate_ptr + token, gate, live_even, live_odd, tokens, GATES, PAIRS, BG, WHOLE)
+    _put_shares(gate_ptr + token, gate, live_even, live_odd, whole, tokens, GATES, PAIRS, BG)
 
 
 @triton.jit
@@ -236,12 +235,12 @@ def mix2d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, parts,
     FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates.
 
     Shares are (parts, GATES, B * S). FOLDED from 1 on: c in place of pre and no v; FOLDED 2: nor k, and in place of q
-    Wk^T (Wq c + bq). WHOLE: the grid is of even width.
+    Wk^T (Wq c + bq).
     A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Grid: strips * parts.
     """
     part = tl.program_id(0) % parts
@@ -251,7 +250,7 @@ def mix2d_kernel(
     image_pairs = (GW + 1) // 2
     batch, col = (pair // image_pairs).to(tl.int64), pair % image_pairs * 2
     live = batch < B
-    live_odd = live if WHOLE else live & (col + 1 < GW)
+    live_odd = live & (col + 1 < GW)
     inside = _inside(channel, E, EVEN)
     has0, has1 = (live & (col > 0))[:, None] & inside, live[:, None] & inside
     has2, has3 = live_odd[:, None] & inside, (live & (col + 2 < GW))[:, None] & inside
@@ -298,9 +297,9 @@ def mix2d_kernel(
         bias = _per_channel(conv_b_ptr, channel, E, EVEN, PAIRS)  # again: registers are scarce
         next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
         _emit(
-            pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, part, B.to(tl.int64) * S,
+            pre_even, pre_odd, a_even, a_odd, token, live, live_odd, GW % 2 == 0, channel, part, B.to(tl.int64) * S,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG, WHOLE,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         a_even, a_odd = new_even, new_odd
         token += GW
@@ -323,9 +322,9 @@ def mix1d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, ROWS, blocks, parts,
     REVERSE: tl.constexpr, FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs. WHOLE: S is even."""
+    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs of tokens."""
     part = tl.program_id(0) % parts
     strip = tl.program_id(0) // parts
     batch = (strip // blocks).to(tl.int64)
@@ -358,8 +357,9 @@ def mix1d_kernel(
         pre_even = _three(x0, x1, x2, w0, w1, w2, bias) + x3 * w3
         pre_odd = _three(x1, x2, x3, w0, w1, w2, bias) + x4 * w3
         _emit(
-            pre_even, pre_odd, a_even, a_odd, batch * S + t, t < S, t + 1 < S, channel, part, B.to(tl.int64) * S,
+            pre_even, pre_odd, a_even, a_odd, batch * S + t, t < S, t + 1 < S, S % 2 == 0, channel, part,
+            B.to(tl.int64) * S,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG, WHOLE,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
         )  # fmt: skip
         t += 2 * PAIRS
