@@ -9,6 +9,7 @@ the convolution's output, values, and the cell's output with its statistics.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ norm_kernels = FastKernels(block_norm_kernels)
 # Channels and pairs of tokens of a program of the forward mixing kernel, fixed by how its threads hold them.
 MIX_CHANNELS = 32
 MIX_PAIRS = 8
+MIX_TOKENS = 2 * MIX_PAIRS
 # Sequences up to which the gates are summed and scanned by one kernel, a head a program.
 SCAN_TOKENS = triton_quadratic.SCAN_SPANS['SHORT_SPAN']
 COPY_BLOCK = 2048
@@ -222,10 +224,42 @@ def _strip_height(rows: int, beside: int, processors: int) -> int:
     return height
 
 
+class _Chunks(NamedTuple):
+    """How the gates' shares lie in memory: in chunks of MIX_TOKENS, as the forward mixing kernels walk.
+
+    Attributes:
+        rows: Rows of an image, each in chunks of its own.
+        columns: Tokens of a row.
+        pairs: Pairs of tokens from an image's row to that of the next, which may begin in the same chunk.
+        count: Chunks.
+    """
+
+    rows: int
+    columns: int
+    pairs: int
+    count: int
+
+
+def _chunks(shape: BlockShape) -> _Chunks:
+    if shape.two_dimensional:
+        rows, columns = shape.grid
+        pairs = ceil_div(columns, 2)
+    else:
+        rows, columns = 1, shape.tokens
+        pairs = ceil_div(columns, MIX_TOKENS) * MIX_PAIRS
+    return _Chunks(rows, columns, pairs, ceil_div(shape.batch * pairs, MIX_PAIRS) * rows)
+
+
+def share_planes(gates: int) -> int:
+    """Planes of a chunk with so many columns of gates, in the order of `_put_shares`: the last eight may have gaps."""
+    left = gates % 8
+    return gates - left + (left if left < 2 else 4 + left // 2)
+
+
 def _mix(
     shape: BlockShape, a: Tensor, mix: MixWeights, weights: dict[str, Tensor | None], folded: int
 ) -> tuple[Tensor, ...]:
-    """The convolution's output, q, k, v (B, S, E) and shares (parts, kinds * NH, B * S) of the gates.
+    """The convolution's output, q, k, v (B, S, E) and shares (chunks, parts, planes, MIX_TOKENS) of the gates.
 
     With values folded, c and a stand for the convolution's output and v; with keys, Wk^T q and c for q and k.
     """
@@ -233,7 +267,7 @@ def _mix(
     pre, q = (a.new_empty(shape.batch, shape.tokens, shape.inner) for _ in range(2))
     k = pre if folded == VALUES_AND_KEYS else torch.empty_like(pre)
     v = a if folded else torch.empty_like(pre)
-    shares = a.new_empty(parts * shape.batch * shape.tokens * gates, dtype=torch.float32)
+    shares = a.new_empty(_chunks(shape).count * parts * share_planes(gates) * MIX_TOKENS, dtype=torch.float32)
     biases = [mix.turned] * 3 if folded == VALUES_AND_KEYS else qkv_biases(weights)
     tensors = (
         a, a.stride(0), a.stride(1), mix.taps, weights['conv_b'], mix.matrices, mix.gate_matrices, *biases,
@@ -242,7 +276,7 @@ def _mix(
     options = {
         'FOLDED': folded, 'GATES': gates, 'SPLIT': shape.block <= 4, 'HAS_BIAS': weights['bq'] is not None,
         'EVEN': shape.inner % MIX_CHANNELS == 0, 'PRECISION': dot_precision(a.dtype), 'PAIRS': MIX_PAIRS,
-        'BG': gate_width(shape, mix.kinds), 'num_warps': 1, 'num_stages': 1,
+        'BG': gate_width(shape, mix.kinds), 'PLANES': share_planes(gates), 'num_warps': 1, 'num_stages': 1,
     }  # fmt: skip
     if shape.two_dimensional:
         rows, columns = shape.grid
@@ -254,7 +288,7 @@ def _mix(
         )
     else:
         height = SETTINGS['mix_rows'][2]
-        blocks = ceil_div(shape.tokens, 2 * MIX_PAIRS * height)
+        blocks = ceil_div(shape.tokens, MIX_TOKENS * height)
         mix_kernels.mix1d_kernel[(parts * blocks * shape.batch,)](
             *tensors, shape.inner, height, blocks, parts, REVERSE=shape.reverse, **options
         )
@@ -268,22 +302,25 @@ def _gates(
     gates = shares.new_empty(mix.kinds, shape.batch, shape.heads, shape.tokens)
     width = gate_width(shape, mix.kinds)
     parts = mix.constant.numel() // width
+    chunks = _chunks(shape)
     tensors = shares, mix.constant, weights['bi'], weights['bf'], gates
+    sizes = shape.batch, shape.tokens, chunks.rows, chunks.columns, chunks.pairs
     options = {
-        'SCORES': mix.kinds > 2, 'HEADS': shape.heads, 'PARTS': parts, 'BG': width, 'BC': next_power_of_two(parts)
+        'SCORES': mix.kinds > 2, 'HEADS': shape.heads, 'PARTS': parts, 'PLANES': share_planes(mix.kinds * shape.heads),
+        'CHUNK': MIX_TOKENS, 'BG': width, 'BC': next_power_of_two(parts),
     }  # fmt: skip
     if cell is triton_quadratic and shape.tokens <= SCAN_TOKENS:
         (stats,) = cell.empty_saved(q)
         pitch = stats.shape[-1] // cell.BLOCK
         rows, (span, warps, at_once) = shape.batch * shape.heads, SETTINGS['scan']
         gate_kernels.gates_scan_kernel[(rows,)](
-            *tensors, stats, shape.batch, shape.tokens, pitch, rows * pitch, int(shape.reverse), **options,
-            BP=at_once, SPAN=span, num_warps=warps,
+            *tensors, stats, *sizes, pitch, rows * pitch, int(shape.reverse), **options, BP=at_once, SPAN=span,
+            num_warps=warps,
         )  # fmt: skip
         return gates, stats
     step, warps, at_once = SETTINGS['gates']
     gate_kernels.gates_kernel[(ceil_div(shape.batch * shape.tokens, step), shape.heads)](
-        *tensors, shape.batch, shape.tokens, **options, BP=at_once, BT=step, num_warps=warps
+        *tensors, *sizes, **options, BP=at_once, BT=step, num_warps=warps
     )
     return gates, None
 

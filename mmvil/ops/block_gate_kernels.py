@@ -16,33 +16,47 @@ def _constant(ptr, column, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constex
 
 
 @triton.jit
-def _sum_shares(
-    share_ptr, constant_ptr, bi_ptr, bf_ptr, head, token, tokens,
-    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
-    BP: tl.constexpr,
-):  # fmt: skip
-    """Input and forget gates of some tokens of a head and q.bk, if there are SCORES, (BT) each. Masks nothing.
+def _plane(column):
+    """Where `block_mix_kernels` writes a column of the gates."""
+    return column // 8 * 8 + column % 2 * 4 + column % 8 // 2
 
-    A thread holds a token, asks for BP parts of all columns at once, and adds up in registers. Parts are known when
-    compiling: loads of those behind the last vanish, and addresses take few instructions.
+
+@triton.jit
+def _place(image, t, GH, GW, image_pairs, PARTS: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr):
+    """Where the first part's first plane has token t of an image, in chunks of CHUNK tokens."""
+    row = t // GW
+    col = t - row * GW
+    pair = image * image_pairs + col // 2
+    chunk = pair // (CHUNK // 2) * GH + row
+    return chunk * (PARTS * PLANES * CHUNK) + pair % (CHUNK // 2) * 2 + col % 2
+
+
+@triton.jit
+def _sum_shares(
+    ptr, constant_ptr, bi_ptr, bf_ptr, head,
+    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
+    BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Input and forget gates of tokens of a head at places ptr and q.bk, if there are SCORES, (BT) each.
+
+    A thread holds a token, asks for BP parts of all columns at once, and adds up in registers.
     """
-    igate = tl.zeros(token.shape, tl.float32)
+    igate = tl.zeros(ptr.shape, tl.float32)
     fgate, score = igate, igate
-    kind = tokens * HEADS  # from a head's input gate to its forget gate
-    pitch = kind * (3 if SCORES else 2)
-    ptr = share_ptr + (head * tokens + token)[:, None]  # tokens first: neighbouring threads get neighbouring ones
     part = tl.arange(0, BP)[None, :]
-    offset = part * pitch
+    offset = part * (PLANES * CHUNK)
+    i_ptr, f_ptr = ptr + _plane(head) * CHUNK, ptr + _plane(HEADS + head) * CHUNK
+    s_ptr = ptr + _plane(2 * HEADS + head) * CHUNK
     for first in tl.static_range(0, PARTS, BP):
         has = first + part < PARTS
-        i = tl.load(ptr + offset, mask=has, other=0.0)
-        f = tl.load(ptr + kind + offset, mask=has, other=0.0)
+        start = offset + first * (PLANES * CHUNK)
+        i = tl.load(i_ptr[:, None] + start, mask=has, other=0.0)  # tokens first: neighbouring threads get neighbours
+        f = tl.load(f_ptr[:, None] + start, mask=has, other=0.0)
         if SCORES:
-            s = tl.load(ptr + 2 * kind + offset, mask=has, other=0.0)
+            s = tl.load(s_ptr[:, None] + start, mask=has, other=0.0)
             score += tl.sum(s, 1)
         igate += tl.sum(i, 1)
         fgate += tl.sum(f, 1)
-        ptr += BP * pitch
     igate += _constant(constant_ptr, head, PARTS, BG, BC) + tl.load(bi_ptr + head).to(tl.float32)
     fgate += _constant(constant_ptr, HEADS + head, PARTS, BG, BC) + tl.load(bf_ptr + head).to(tl.float32)
     if SCORES:
@@ -59,34 +73,36 @@ def _store_gates(ptr, plane, mask, igate, fgate, score, SCORES: tl.constexpr):
         tl.store(ptr + 2 * plane, score, mask=mask)
 
 
-@triton.jit(do_not_specialize=['B', 'S'])
+@triton.jit(do_not_specialize=['B', 'S', 'GH', 'GW', 'image_pairs'])
 def gates_kernel(
-    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, B, S,
-    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
-    BP: tl.constexpr, BT: tl.constexpr,
+    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, B, S, GH, GW, image_pairs,
+    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
+    BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Gates (2, B, NH, S): shares (parts, 2 NH, B * S), constants (parts, BG) and biases added up.
+    """Gates (2, B, NH, S): shares (chunks, PARTS, PLANES, CHUNK), constants (PARTS, BG) and biases added up.
 
-    SCORES: (3, B, NH, S) of 3 NH planes, the last q.bk. Grid: blocks of BT tokens by heads.
+    SCORES: (3, B, NH, S), the last q.bk. Grid: blocks of BT tokens by heads.
     """
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     head = tl.program_id(1)
     tokens = B.to(tl.int64) * S
     live = token < tokens
-    igate, fgate, score = _sum_shares(
-        share_ptr, constant_ptr, bi_ptr, bf_ptr, head, tl.minimum(token, tokens - 1), tokens,
-        SCORES, HEADS, PARTS, BG, BC, BP,
-    )  # fmt: skip
+    token = tl.minimum(token, tokens - 1)
     image = token // S
-    target = gates_ptr + (image * HEADS + head) * S + (token - image * S)
+    t = (token - image * S).to(tl.int32)
+    igate, fgate, score = _sum_shares(
+        share_ptr + _place(image, t, GH, GW, image_pairs, PARTS, PLANES, CHUNK), constant_ptr, bi_ptr, bf_ptr, head,
+        SCORES, HEADS, PARTS, PLANES, CHUNK, BG, BC, BP,
+    )  # fmt: skip
+    target = gates_ptr + (image * HEADS + head) * S + t
     _store_gates(target, tokens * HEADS, live, igate, fgate, score, SCORES)
 
 
-@triton.jit(do_not_specialize=['B', 'S', 'pitch', 'plane', 'reverse'])
+@triton.jit(do_not_specialize=['B', 'S', 'GH', 'GW', 'image_pairs', 'pitch', 'plane', 'reverse'])
 def gates_scan_kernel(
-    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, stats, B, S, pitch, plane, reverse,
-    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr,
-    BP: tl.constexpr, SPAN: tl.constexpr,
+    share_ptr, constant_ptr, bi_ptr, bf_ptr, gates_ptr, stats, B, S, GH, GW, image_pairs, pitch, plane, reverse,
+    SCORES: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr,
+    BG: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """`gates_kernel` and `gate_scan_kernel` of the quadratic form in one, for sequences of up to SPAN. Grid: B * NH."""
     row = tl.program_id(0).to(tl.int64)
@@ -96,8 +112,9 @@ def gates_scan_kernel(
     live = position < S
     token = tl.where(live, tl.where(reverse != 0, S - 1 - position, position), 0)
     igate, fgate, score = _sum_shares(
-        share_ptr, constant_ptr, bi_ptr, bf_ptr, head, image * S + token, tokens, SCORES, HEADS, PARTS, BG, BC, BP
-    )
+        share_ptr + _place(image, token, GH, GW, image_pairs, PARTS, PLANES, CHUNK), constant_ptr, bi_ptr, bf_ptr,
+        head, SCORES, HEADS, PARTS, PLANES, CHUNK, BG, BC, BP,
+    )  # fmt: skip
     _store_gates(gates_ptr + row * S + token, tokens * HEADS, live, igate, fgate, score, SCORES)
     _, forget, g, top = scan_span(igate, fgate, live, tl.zeros((), tl.float64), tl.full((), CLOSED, tl.float64))
     block_start = tl.min(tl.reshape(top, (SPAN // BLOCK, BLOCK)), 1)

@@ -140,37 +140,27 @@ def _put(ptr, place, E, even, odd, has_even, has_odd):
 
 
 @triton.jit
-def _put_shares(
-    ptr, gate, live_even, live_odd, whole, tokens, GATES: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr
-):
-    """Write columns (2 * PAIRS, BG) of the gates as planes of `tokens`, the even tokens to places `ptr` of the first.
+def _put_shares(ptr, gate, GATES: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr):
+    """Write columns (2 * PAIRS, BG) of the gates as a chunk of PLANES by 2 * PAIRS tokens, those of a pair adjacent.
 
     A thread of the matrix unit has both tokens of a pair and columns 8 n + 2 m + l for all n and l. With axes in the
-    order (m, pair, columns, token) no value changes its thread, and a warp fills a gapless piece of four planes at once
-    if no pair lacks its odd token (whole): then places are even.
+    order (m, pair, columns, token) no value changes its thread, and column 8 n + 2 m + l as plane 8 n + 4 l + m makes
+    what a warp writes at once gapless. Tokens that do not exist are written, too, and nobody reads them.
     """
     gate = tl.permute(tl.reshape(gate, (2, PAIRS, BG // 8, 4, 2)), (3, 1, 2, 4, 0))
     gate = tl.reshape(gate, (4, PAIRS, BG // 4, 2))
-    i = tl.arange(0, BG // 4)
-    column = 2 * tl.arange(0, 4)[:, None, None] + (i // 2 * 8 + i % 2)[None, None, :]
-    place = ptr[None, :, None] + column * tokens
-    exists = column < GATES
-    has_even, has_odd = live_even[None, :, None] & exists, live_odd[None, :, None] & exists
-    if whole:
-        both = tl.multiple_of(place[:, :, :, None], (8, 8, 8, 8)) + tl.arange(0, 2)[None, None, None, :]
-        tl.store(both, gate, mask=has_even[:, :, :, None])
-    else:
-        even, odd = tl.split(gate)
-        tl.store(place, even, mask=has_even)
-        tl.store(place + 1, odd, mask=has_odd)
+    m, i = tl.arange(0, 4)[:, None, None, None], tl.arange(0, BG // 4)[None, None, :, None]
+    place = ((4 * i + m) * PAIRS + tl.arange(0, PAIRS)[None, :, None, None]) * 2 + tl.arange(0, 2)[None, None, None, :]
+    exists = i // 2 * 8 + i % 2 + 2 * m < GATES
+    tl.store(ptr + place, gate, mask=exists)
 
 
 @triton.jit
 def _emit(
-    pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, whole, channel, part, tokens,
+    pre_even, pre_odd, a_even, a_odd, token, live_even, live_odd, channel, chunk,
     matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
     FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Everything behind the convolution for some pairs of tokens, the even ones at places `token` of B * S.
 
@@ -209,8 +199,7 @@ def _emit(
     from_c, from_a = gate_matrices
     gate = tl.dot(c_rows, from_c, input_precision=PRECISION)
     gate = tl.dot(a_rows, from_a, gate, input_precision=PRECISION)
-    gate_ptr += part.to(tl.int64) * GATES * tokens
-    _put_shares(gate_ptr + token, gate, live_even, live_odd, whole, tokens, GATES, PAIRS, BG)
+    _put_shares(gate_ptr + chunk * (PLANES * PAIRS * 2), gate, GATES, PAIRS, BG)
 
 
 @triton.jit
@@ -235,13 +224,13 @@ def mix2d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, GH, GW, E, ROWS, row_blocks, parts,
     FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+    PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """pre = conv(a) + b, c = SiLU(pre), q = Wq c, k = Wk c, v = Wv a, and this part's share of the gates.
 
-    Shares are (parts, GATES, B * S). FOLDED from 1 on: c in place of pre and no v; FOLDED 2: nor k, and in place of q
-    Wk^T (Wq c + bq).
-    A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Grid: strips * parts.
+    FOLDED from 1 on: c in place of pre and no v; FOLDED 2: nor k, and in place of q Wk^T (Wq c + bq).
+    A strip is PAIRS pairs of columns, counted through all images, by ROWS rows. Shares are (rows of strips, parts,
+    PLANES, 2 * PAIRS), see `_put_shares`. Grid: strips * parts.
     """
     part = tl.program_id(0) % parts
     strip = tl.program_id(0) // parts
@@ -286,6 +275,7 @@ def mix2d_kernel(
     sum_even, sum_odd = _three(x0, x1, x2, w3, w4, w5, sum_even), _three(x1, x2, x3, w3, w4, w5, sum_odd)
     next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
     token = batch * S + first_row * GW + col
+    chunk = (strip // row_blocks * GH + first_row).to(tl.int64) * parts + part
     for step in range(tl.minimum(ROWS, GH - first_row)):
         x0, x1, x2, x3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
         new_even, new_odd = n1, n2
@@ -297,12 +287,13 @@ def mix2d_kernel(
         bias = _per_channel(conv_b_ptr, channel, E, EVEN, PAIRS)  # again: registers are scarce
         next_even, next_odd = _three(x0, x1, x2, w0, w1, w2, bias), _three(x1, x2, x3, w0, w1, w2, bias)
         _emit(
-            pre_even, pre_odd, a_even, a_odd, token, live, live_odd, GW % 2 == 0, channel, part, B.to(tl.int64) * S,
+            pre_even, pre_odd, a_even, a_odd, token, live, live_odd, channel, chunk,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG, PLANES,
         )  # fmt: skip
         a_even, a_odd = new_even, new_odd
         token += GW
+        chunk += parts
 
 
 @triton.jit
@@ -322,9 +313,9 @@ def mix1d_kernel(
     a_ptr, a_batch, a_row, conv_ptr, conv_b_ptr, matrix_ptr, gate_matrix_ptr,
     bq_ptr, bk_ptr, bv_ptr, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, B, S, E, ROWS, blocks, parts,
     REVERSE: tl.constexpr, FOLDED: tl.constexpr, GATES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr, BG: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs of tokens."""
+    """`mix2d_kernel` with a causal convolution over four tokens. A strip is PAIRS * ROWS pairs, of one image."""
     part = tl.program_id(0) % parts
     strip = tl.program_id(0) // parts
     batch = (strip // blocks).to(tl.int64)
@@ -344,6 +335,7 @@ def mix1d_kernel(
     t = (strip % blocks) * ROWS * PAIRS * 2 + tl.arange(0, PAIRS) * 2
     line = a_ptr + (batch * a_batch + (t + FIRST).to(tl.int64) * a_row)[:, None] + channel[None, :]
     n0, n1, n2, n3, n4 = _load_five(line, a_row, t + FIRST, inside, S)
+    chunk = (batch * tl.cdiv(S, 2 * PAIRS) + strip % blocks * ROWS) * parts + part
     for _ in range(tl.minimum(ROWS, tl.cdiv(S, 2 * PAIRS) - (strip % blocks) * ROWS)):
         x0, x1, x2 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32)
         x3, x4 = n3.to(tl.float32), n4.to(tl.float32)
@@ -357,9 +349,9 @@ def mix1d_kernel(
         pre_even = _three(x0, x1, x2, w0, w1, w2, bias) + x3 * w3
         pre_odd = _three(x1, x2, x3, w0, w1, w2, bias) + x4 * w3
         _emit(
-            pre_even, pre_odd, a_even, a_odd, batch * S + t, t < S, t + 1 < S, S % 2 == 0, channel, part,
-            B.to(tl.int64) * S,
+            pre_even, pre_odd, a_even, a_odd, batch * S + t, t < S, t + 1 < S, channel, chunk,
             matrices, matrices_high, bq_ptr, bk_ptr, bv_ptr, gate_matrices, pre_ptr, q_ptr, k_ptr, v_ptr, gate_ptr, E,
-            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG,
+            FOLDED, GATES, SPLIT, HAS_BIAS, EVEN, PRECISION, PAIRS, BG, PLANES,
         )  # fmt: skip
         t += 2 * PAIRS
+        chunk += parts
