@@ -5,7 +5,7 @@ up-projection's output, the gates, the convolution's output, values and the cell
 is computed again. Sums over tokens end in one kernel for all parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from . import block_backward_kernels, block_backward_norm_kernels, block_conv_kernels, triton_quadratic
 from .block import CELL_EPS, NORM_EPS, BlockShape, as_heads, as_rows, gate_width, qkv_biases
 from .fast_launch import FastKernels
-from .side_stream import at_once
 from .triton_launch import ceil_div, device_limits, dot_precision, next_power_of_two
 
 __all__ = ['block_backward']
@@ -168,7 +167,7 @@ class _Backward:
     def output_gradients(
         self, branch: Tensor, down_w: Tensor, h: Tensor, pre: Tensor, dz: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, dh, dc (N, E) and rows' dh.h (B, NH, S); dz in place."""
+        """dh, dc (N, E), rows' dh.h (B, NH, S) and the gradient of the down-projection's weight; dz in place."""
         shape, weights = self.shape, self.weights
         dy = branch @ down_w
         dim = shape.inner // shape.heads
@@ -183,7 +182,7 @@ class _Backward:
             shape.inner, NORM_EPS, steps, HAS_BIAS=bias is not None, DH=dim, BM=height, BD=width,
             STAGES=ROW_TILES['output'][2], num_warps=ROW_TILES['output'][1],
         )  # fmt: skip
-        return y, dh, dc, products
+        return dh, dc, products, branch.t() @ y
 
     def prepare(self, dout: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The branch's gradient (N, D) and the outer projections' weights, both in the activations' dtype; the gates.
@@ -309,7 +308,6 @@ class _Backward:
 def block_backward(
     shape: BlockShape, cell: ModuleType, dout: Tensor, x: Tensor, u: Tensor, gates: Tensor, h: Tensor, pre: Tensor,
     v: Tensor, statistics: Sequence[Tensor], weights: dict[str, Tensor | None], scale: Tensor | None,
-    aside: Callable[[Callable], object] = at_once,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Gradients of one block.
 
@@ -326,7 +324,6 @@ def block_backward(
         statistics: What the cell keeps.
         weights: The block's parameters by short name.
         scale: Drop path factor per image, or None.
-        aside: Does the work for the weights' gradients, which nothing here waits for.
 
     Returns:
         Gradient of x, and of every parameter by short name, float32 or the activations' dtype.
@@ -336,9 +333,7 @@ def block_backward(
     branch, up_w, down_w, maps = run.prepare(dout, scale)
     du = torch.empty_like(run.u)
     da, dz = du.chunk(2, 1)
-    y, dh, dc, products = run.output_gradients(branch, down_w, as_rows(h), pre, dz)
-    ddown_w = aside(lambda branch=branch, y=y: branch.t() @ y)
-    del branch, y
+    dh, dc, products, ddown_w = run.output_gradients(branch, down_w, as_rows(h), pre, dz)
     q, k = run.queries_and_keys(pre)
     heads = [as_heads(t.view(v.shape), shape.heads) for t in (dh, q, k, v)]
     known = {'products': products} if cell is triton_quadratic else {}
@@ -351,4 +346,4 @@ def block_backward(
         dx, normalised = (du @ up_w).to(x.dtype), x_rows.to(run.dtype)
     else:
         dx, normalised = run.norm_gradient(x_rows, du @ up_w, dout)
-    return dx.view_as(x), aside(lambda: run.parameter_gradients(du.t() @ normalised, ddown_w))
+    return dx.view_as(x), run.parameter_gradients(du.t() @ normalised, ddown_w)

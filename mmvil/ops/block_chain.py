@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .block_op import backward, forward, repeated
-from .side_stream import Aside, is_captured, side_by_side
+from .side_stream import is_captured, side_by_side
 from .triton_launch import dot_precision
 
 __all__ = ['fused_blocks']
@@ -133,7 +133,7 @@ def _run_forward(
 
 def _run_backward(
     tensors: Sequence[Tensor], _: torch.Size, chain: tuple[_Kind, ...], rows: int, columns: int,
-    wanted: tuple[bool, ...], precision: str, aside: Aside | None = None,
+    wanted: tuple[bool, ...], precision: str,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x and of the other tensors, None where they are not wanted. Blocks are repeated alone."""
     dx, x, *given = tensors
@@ -144,11 +144,8 @@ def _run_backward(
     for (kind, weights, scale, are_wanted), start in zip(reversed(blocks), reversed(inputs), strict=True):
         saved, kept = kept[-each:], kept[:-each]
         sizes = rows, columns, kind.heads, kind.reverse
-        arguments = dx, start, kind.names, weights, scale, saved, sizes, tuple(are_wanted)
-        dx, *gradients = backward(*arguments, own=False, aside=aside)
+        dx, *gradients = backward(dx, start, kind.names, weights, scale, saved, sizes, tuple(are_wanted), own=False)
         found = [*gradients, *[None] * kind.scaled, *found]
-        if aside is not None:
-            aside.turn()
     return [dx, *found]
 
 
@@ -173,12 +170,6 @@ class _EagerBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
-        settings = x.shape, *ctx.settings, ctx.needs_input_grad[4:], ctx.precision
-        tensors = [dout.contiguous(), x, *others]
-        if is_captured(dout):  # what becomes a graph is launched once, and needs no tape
-            aside = Aside(dout.get_device())
-            dx, *found = _run_backward(tensors, *settings, aside)
-            aside.join()
-        else:
-            dx, *found = repeated(_run_backward, FIRST_CALLS)(tensors, *settings)
+        run, wanted = repeated(_run_backward, FIRST_CALLS), ctx.needs_input_grad[4:]
+        dx, *found = run([dout.contiguous(), x, *others], x.shape, *ctx.settings, wanted, ctx.precision)
         return dx, None, None, None, *found

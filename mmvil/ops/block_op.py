@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .eager import operators_may_be_skipped
-from .side_stream import at_once
 from .triton_launch import choose_form, dot_precision, empty_rows_like, interpreting, is_compile_failure
 
 __all__ = ['WEIGHTS', 'backward', 'forget_tapes', 'forward', 'fused_block', 'repeated']
@@ -294,24 +293,16 @@ def _build_backward(
 def backward(
     dout: Tensor, x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], scale: Tensor | None,
     saved: Sequence[Tensor], sizes: tuple, wanted: tuple[bool, ...], own: bool,
-    aside: Callable[[Callable], object] | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x and of the weights that are wanted, None for others, like these; views or, if `own`, none.
-
-    Work for the weights' is done by `aside`, if there is one, which tapes do not know.
-    """
+    """Gradients of x and of the weights that are wanted, None for others, like these; views or, if `own`, none."""
     tensors = [dout.contiguous(), x, *weights, *([] if scale is None else [scale]), *saved]
-    settings = x.shape, names, *sizes, scale is not None, wanted, own, dot_precision(saved[0].dtype)
-    if aside is not None:
-        with torch.cuda.device_of(x):
-            return _run_backward(tensors, *settings, aside)
-    return repeated(_run_backward)(tensors, *settings)
+    precision = dot_precision(saved[0].dtype)
+    return repeated(_run_backward)(tensors, x.shape, names, *sizes, scale is not None, wanted, own, precision)
 
 
 def _run_backward(
     tensors: Sequence[Tensor], _: torch.Size, names: tuple[str, ...], rows: int, columns: int, heads: int,
     reverse: bool, scaled: bool, wanted: tuple[bool, ...], own: bool, precision: str,
-    aside: Callable[[Callable], object] = at_once,
 ) -> list[Tensor | None]:  # fmt: skip
     """What `backward` repeats; the launchers look for the precision themselves."""
     dout, x, *rest = tensors
@@ -321,7 +312,7 @@ def _run_backward(
     shape = _shape(x, named, rows, columns, heads, reverse)
     try:
         dx, gradients = _backward_launchers().block_backward(
-            shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, v, tuple(statistics), named, scale, aside
+            shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, v, tuple(statistics), named, scale
         )
     except Exception as error:
         if is_compile_failure(error):  # of a kind that could be built before, and too late for the plain modules
@@ -331,12 +322,11 @@ def _run_backward(
         raise
     for name, parts in GATES.items():
         gradients.update(zip(parts, gradients.pop(name).chunk(2), strict=True))
-
-    def found() -> list[Tensor | None]:
-        pairs = zip(names, wanted, strict=True)
-        return [_like(gradients[name], named[name], own) if is_wanted else None for name, is_wanted in pairs]
-
-    return [dx, *aside(found)]
+    found = [
+        _like(gradients[name], named[name], own) if is_wanted else None
+        for name, is_wanted in zip(names, wanted, strict=True)
+    ]
+    return [dx, *found]
 
 
 class _EagerBlock(torch.autograd.Function):

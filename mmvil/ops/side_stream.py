@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ['Aside', 'at_once', 'is_captured', 'side_by_side']
+__all__ = ['is_captured', 'side_by_side']
 
 Result = TypeVar('Result')
 
@@ -45,42 +45,3 @@ def side_by_side(function: Callable[[Sequence[Tensor]], Result], parts: Sequence
         results += [function(part) for part in parts[1:]]
     here.wait_stream(beside)
     return results
-
-
-def at_once(work: Callable[[], Result]) -> Result:
-    """Do some work here and now."""
-    return work()
-
-
-class Aside:
-    """Does work whose results are not needed soon on the stream beside, such as gradients of weights.
-
-    It holds what the work needs until that is done: by the end of the next turn, as memory of this stream must not be
-    used again before.
-
-    Args:
-        device: Number of the CUDA device.
-    """
-
-    def __init__(self, device: int) -> None:
-        self._here, self._beside = torch.cuda.current_stream(device), _stream_beside(device)
-        self._held: list[Callable[[], object]] = []
-        self._before: tuple[torch.cuda.Event, list] | None = None
-
-    def __call__(self, work: Callable[[], Result]) -> Result:
-        """Do some work behind all that has been launched so far. Its results are there after `join`, or for others."""
-        self._beside.wait_stream(self._here)
-        self._held.append(work)
-        with torch.cuda.stream(self._beside):
-            return work()
-
-    def turn(self) -> None:
-        """Wait for the work of the last turn and forget what it needed."""
-        if self._before is not None:
-            self._here.wait_event(self._before[0])
-        self._before, self._held = (self._beside.record_event(), self._held), []
-
-    def join(self) -> None:
-        """Wait for all work."""
-        self._here.wait_stream(self._beside)
-        self._before, self._held = None, []

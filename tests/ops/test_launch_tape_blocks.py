@@ -297,55 +297,6 @@ def test_halves_side_by_side_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None
     assert sizes == [1, 2, 1, 1, 1]
 
 
-def test_gradients_of_weights_may_be_made_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a CUDA graph: all of them, each block's before the turn after its own."""
-    modules, size, done = [made(drop_path_rate=0.3), made(reverse=True)], (tokens(), (2, 3)), []
-
-    class Aside:
-        def __init__(self, _: int) -> None:
-            done.append('start')
-
-        def __call__(self, work: Callable[[], object]) -> object:
-            found = work()
-            done.append('weights' if isinstance(found, list) else 'part')
-            return found
-
-        def turn(self) -> None:
-            done.append('turn')
-
-        def join(self) -> None:
-            done.append('join')
-
-    expected = trained_together(run_fused_blocks, modules, *size)
-    monkeypatch.setattr(block_chain, 'is_captured', lambda _: True)
-    monkeypatch.setattr(block_chain, 'Aside', Aside)
-    assert_equal(trained_together(run_fused_blocks, modules, *size), expected)
-    assert done == ['start', *['part', 'part', 'weights', 'turn'] * 2, 'join']
-
-
-@pytest.mark.gpu
-def test_gradients_made_aside_in_a_graph() -> None:
-    modules, x = [made(reverse=bool(number % 2)) for number in range(4)], tokens(64, 6)
-    parameters = list(nn.ModuleList(modules).parameters())
-    upstream = torch.randn_like(x)
-
-    def gradients() -> list[Tensor]:
-        leaf = x.detach().requires_grad_()
-        with torch.autocast(DEVICE, torch.float16):
-            out = run_fused_blocks(modules, leaf, (2, 3))
-        return [out.detach(), *torch.autograd.grad(out, [leaf, *parameters], upstream)]
-
-    gradients()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = gradients()
-    for _ in range(3):
-        x.add_(0.5)
-        graph.replay()
-        assert_equal(found, gradients())
-
-
 def test_joined_blocks_go_backward_twice_if_asked(played: list[Tape]) -> None:
     modules = [made(), made(reverse=True)]
     for _ in range(3):
