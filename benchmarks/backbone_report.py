@@ -38,13 +38,12 @@ BACKWARD_PRODUCTS, BACKWARD_CELL = 2, 2.5
 # Bytes that a launch of a kernel has to move, in units of S D: residual stream float32, E = 2 D, all else bfloat16, so
 # that a tensor of E channels counts 4. In training, and in inference where that makes do with less.
 KERNEL_BYTES = {
-    'prepare_kernel': 4 + 2,  # its norm
+    'prepare_kernel': 4 + 2 + 4 + 2,  # its sum and norm
     'mix2d_kernel': 5 * 4 + 2,  # with the shares of the gates
     'gates_kernel': 2,
     'gates_scan_kernel': 2,
     'quadratic_forward_kernel': 4 * 4,
     'output_kernel': 4 * 4,
-    'down_kernel': 4 + 4 + 4,
     'residual_kernel': 2 + 4 + 4,
     'output_backward_kernel': 8 * 4,
     'query_key_kernel': 3 * 4,
@@ -56,7 +55,10 @@ KERNEL_BYTES = {
     'conv2d_backward_kernel': 4 * 4,
     'layer_norm_backward_kernel': 4 + 2 + 4 + 4 + 2,
 }
-INFERENCE_BYTES = {'quadratic': {'mix2d_kernel': 3 * 4 + 2}, 'chunkwise': {'mix2d_kernel': 4 * 4 + 2}}
+INFERENCE_BYTES = {
+    'quadratic': {'mix2d_kernel': 3 * 4 + 3, 'gates_kernel': 3, 'gates_scan_kernel': 3},
+    'chunkwise': {'mix2d_kernel': 4 * 4 + 2},
+}
 """Where keys and values do not exist, or only values."""
 KEY_GRADIENT_BYTES = {True: 6 * 4, False: 18}
 """Of the kernel for dk and dv by whether it makes both; else one launch for dk (20) and one for dv (16)."""

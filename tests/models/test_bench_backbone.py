@@ -128,9 +128,9 @@ def test_ratios_compare_like_with_like() -> None:
 
 def test_known_bytes() -> None:
     unit = 2 * 10 * 192
-    assert known_bytes('prepare_kernel', 2, 10, 192, 'train') == 6 * unit
+    assert known_bytes('prepare_kernel', 2, 10, 192, 'train') == 12 * unit
     assert known_bytes('mix2d_kernel', 2, 10, 192, 'train') == 22 * unit
-    assert known_bytes('mix2d_kernel', 2, 10, 192, 'forward') == 14 * unit
+    assert known_bytes('mix2d_kernel', 2, 10, 192, 'forward') == 15 * unit
     assert known_bytes('mix2d_kernel', 2, 4096, 192, 'forward') == 18 * 2 * 4096 * 192  # keys, but no values
     assert known_bytes('ampere_gemm', 2, 10, 192, 'train') is None
 
