@@ -6,9 +6,9 @@
         --section SpeedOfLight --section Occupancy --section WarpStateStats \
         python benchmarks/bench_block.py --scenes T "T train" --one-pass
 
-Times four blocks in a row as a model runs them, both directions, bfloat16 autocast, in a CUDA graph: median of 12 replays over
-four, without a flushed cache. `--set` assigns to a name of a module of `mmvil.ops`, or to a place in one of its tables;
-tiles are written as tuples. Results are compared with those of the settings in use.
+Times four blocks in a row as a model runs them, both directions, bfloat16 autocast, in a CUDA graph: median of 12
+replays over four, without a flushed cache. `--set` assigns to a name of a module of `mmvil.ops`, or to a place in one
+of its tables; tiles are written as tuples. Results are compared with those of the settings in use.
 """
 
 import argparse

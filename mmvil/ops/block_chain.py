@@ -19,9 +19,9 @@ __all__ = ['fused_blocks']
 
 # Taking down several blocks costs as much host time as some thirty calls gain by it.
 FIRST_CALLS = 8
-# Values of the inner part, tokens times channels of all images, for which halves in a CUDA graph are up to 6 % faster
-# than the whole on an H200. With fewer they are slower, with more they gain nothing, nor does training at 224 px.
-BESIDE = range(8_000_000, 20_000_000)
+# Values of the inner part, tokens times channels of all images, for which halves in a CUDA graph are 2 to 6 % faster
+# than the whole on an H200. With fewer they are slower, with more they gain less or lose, as does training at 224 px.
+BESIDE = range(8_000_000, 15_000_000)
 
 
 class _Kind(NamedTuple):
@@ -116,15 +116,14 @@ def _run_forward(
     A block's norm makes the sum of the residual stream that the block before ends with.
     """
     x, *given = tensors
-    rest, left, inputs, kept = iter(given), None, [], []
-    for number, kind in enumerate(chain, 1):
+    rest, left, inputs, kept = iter(given), (None, None, None), [], []
+    for number, kind in enumerate(chain):
         weights, scale = kind.take(rest)
-        sizes, finish = (rows, columns, kind.heads, kind.reverse), number == len(chain)
-        settings = kind.names, weights, scale, sizes, dtype, keep
-        if left is None:
-            out, *saved = forward(x, *settings, finish=finish)
-        else:
-            out, x, *saved = forward(x, *settings, left, finish)
+        sizes, finish = (rows, columns, kind.heads, kind.reverse), number == len(chain) - 1
+        out, *saved = forward(x, kind.names, weights, scale, sizes, dtype, keep, left, finish)
+        if number:
+            x, *saved = saved
+        if number and keep:
             inputs.append(x)
         kept += saved
         left = out, kind.bias(weights), scale

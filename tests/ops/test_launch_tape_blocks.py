@@ -1,6 +1,7 @@
 """Tapes of blocks, alone and several as one call, against the launchers that they stand for."""
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -328,6 +329,21 @@ def test_joined_blocks_need_no_more_memory_than_single_ones(
         joined(modules, x, (1, 80))
     residual = x.numel() * x.itemsize
     assert sum(allocated) <= single + residual  # one more, while the given one is still held
+
+
+def test_joined_blocks_hold_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as long as they have no tape."""
+    modules, alive, forward = [made() for _ in range(5)], [], block_chain.forward
+
+    def noting(x: Tensor, *settings: object) -> list[Tensor]:
+        results = forward(x, *settings)
+        alive.append([weakref.ref(result) for result in results])
+        assert sum(ref() is not None for refs in alive for ref in refs) <= len(results) + 2
+        return results
+
+    monkeypatch.setattr(block_chain, 'forward', noting)
+    joined(modules)
+    assert len(alive) == len(modules)
 
 
 def test_weights_given_twice_while_recorded_may_differ_later(played: list[Tape]) -> None:
