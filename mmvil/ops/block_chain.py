@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .block_op import backward, forward, repeated
+from .block_op import backward, count_kept, forward, repeated
 from .side_stream import is_captured, side_by_side
 from .triton_launch import dot_precision
 
@@ -139,10 +139,11 @@ def _run_backward(
     rest, asked = iter(given), iter(wanted)
     blocks = [(kind, *kind.take(rest), kind.take(asked)[0]) for kind in chain]
     inputs, kept = [x, *islice(rest, len(chain) - 1)], list(rest)
-    each, found = len(kept) // len(chain), []
+    found = []
     for (kind, weights, scale, are_wanted), start in zip(reversed(blocks), reversed(inputs), strict=True):
-        saved, kept = kept[-each:], kept[:-each]
         sizes = rows, columns, kind.heads, kind.reverse
+        first = len(kept) - count_kept(start, kind.names, weights, sizes)
+        saved, kept = kept[first:], kept[:first]
         dx, *gradients = backward(dx, start, kind.names, weights, scale, saved, sizes, tuple(are_wanted), own=False)
         found = [*gradients, *[None] * kind.scaled, *found]
     return [dx, *found]

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .eager import operators_may_be_skipped
 from .triton_launch import choose_form, dot_precision, empty_rows_like, interpreting, is_compile_failure
 
-__all__ = ['WEIGHTS', 'backward', 'forget_tapes', 'forward', 'fused_block', 'repeated']
+__all__ = ['WEIGHTS', 'backward', 'count_kept', 'forget_tapes', 'forward', 'fused_block', 'repeated']
 
 WEIGHTS = (
     'norm_w', 'norm_b', 'up_w', 'up_b', 'conv_w', 'conv_b', 'wq', 'bq', 'wk', 'bk', 'wv', 'bv', 'wi', 'bi', 'wf', 'bf',
@@ -268,6 +268,12 @@ def _run_forward(
     if not interpreting():
         _build_backward(shape, stream.x, x, saved, statistics, named, scale)
     return [*results, *saved, *statistics]
+
+
+def count_kept(x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], sizes: tuple) -> int:
+    """How many tensors a block keeps for its backward pass: all that `forward` gives behind out and the sum."""
+    shape = _shape(x, _named(names, weights), *sizes)
+    return len(('u', 'gates', 'h', 'pre', 'v')) + _cell(shape, trains=True).COUNT_SAVED
 
 
 def _build_backward(

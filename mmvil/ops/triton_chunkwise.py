@@ -13,6 +13,7 @@ from .triton_chunkwise_tiles import ProductTiles, StateTiles, Tiles, choose_tile
 from .triton_launch import device_limits, dot_precision, empty_rows_like, rows_contiguous
 
 __all__ = [
+    'COUNT_SAVED',
     'Saved',
     'backward',
     'empty_saved',
@@ -52,6 +53,9 @@ class Saved(NamedTuple):
     border: Tensor
     stabiliser: Tensor
     normaliser: Tensor
+
+
+COUNT_SAVED = len(Saved._fields)
 
 
 def _default_tiles(q: Tensor) -> Tiles:

@@ -26,6 +26,7 @@ from .triton_launch import (
 
 __all__ = [
     'BLOCK',
+    'COUNT_SAVED',
     'SCAN_SPANS',
     'backward',
     'empty_saved',
@@ -40,6 +41,7 @@ kernels = FastKernels(triton_quadratic_kernels)
 backward_kernels = FastKernels(triton_quadratic_backward_kernels)
 stored_kernels = FastKernels(triton_quadratic_stored_kernels)
 
+COUNT_SAVED = 1  # tensors of `empty_saved`
 STATS_PLANES = 7
 NORMALISER_PLANE = 5
 ROW_PLANES = 5

@@ -245,6 +245,16 @@ def test_joined_blocks_train_by_one_tape_each_way(played: list[Tape]) -> None:
         assert len(played) == 2
 
 
+def test_joined_blocks_with_cells_of_both_forms(played: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep unlike numbers of tensors for the backward pass."""
+    monkeypatch.setattr(block_op, 'choose_form', lambda _, dim, __: 'chunkwise' if dim > 8 else 'quadratic')
+    modules = [made(), made(num_heads=1), made(reverse=True), made(num_heads=1, reverse=True)]
+    for _ in range(3):
+        played.clear()
+        assert_joined_trains_alike(modules, tokens(), (2, 3))
+    assert len(played) == 2
+
+
 def test_frozen_weights_of_joined_blocks_have_no_gradients(played: list[Tape]) -> None:
     modules = [made(), made(reverse=True), made()]
     modules[0].requires_grad_(False)
