@@ -127,7 +127,7 @@ def run_blocks(shapes: Sequence[tuple[int, int, int]]) -> None:
 
 
 def run_joined(shapes: Sequence[tuple[int, int, int]]) -> int:
-    """Blocks of both directions as one call, in inference; launches from tapes, after the first ones."""
+    """Blocks of both directions as one call, inference and training; launches from tapes, after the first ones."""
     from mmvil.models import ViLBlock
     from mmvil.models.fused import run_fused_blocks
     from mmvil.ops import block_chain
@@ -138,8 +138,11 @@ def run_joined(shapes: Sequence[tuple[int, int, int]]) -> int:
         x = torch.zeros(batch, rows * columns, 64)
         for number in range(4):
             before = COUNTS['from tapes']
-            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-                run_fused_blocks(blocks, x, (rows, columns))
+            with torch.autocast('cpu', torch.bfloat16):
+                with torch.no_grad():
+                    run_fused_blocks(blocks, x, (rows, columns))
+                out = run_fused_blocks(blocks, x, (rows, columns))
+            out.sum().backward()
             found += COUNTS['from tapes'] - before if number > 1 else 0
     return found
 
