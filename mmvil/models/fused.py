@@ -11,8 +11,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..ops import custom_op
-from ..ops.block_chain import fused_blocks
-from ..ops.block_op import fused_block
+from ..ops.block_chain import fused_block, fused_blocks
 from ..ops.eager import operators_may_be_skipped
 from ..ops.mlstm import constant_when_compiled, why_not_triton
 from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure

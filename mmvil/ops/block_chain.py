@@ -1,9 +1,10 @@
-"""Fused ViL blocks behind each other as one call: one node of autograd, and one tape each for forward and backward.
+"""Fused ViL blocks, one or several behind each other as one call: one node of autograd.
 
-It is repeated as a whole: one look at all parameters, one buffer for what is needed in between.
+Several are repeated as a whole, by one tape each for forward and backward: one look at all parameters, one buffer for
+what is needed in between.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .block_op import backward, count_kept, forward, repeated
+from .block_op import backward, count_kept, forward, repeated, vil_block_fwd, vil_block_inference
+from .eager import operators_may_be_skipped
 from .side_stream import is_captured, side_by_side
 from .triton_launch import dot_precision
 
-__all__ = ['fused_blocks']
+__all__ = ['fused_block', 'fused_blocks']
 
 # Taking down several blocks costs as much host time as some thirty calls gain by it.
 FIRST_CALLS = 8
@@ -48,6 +50,37 @@ class _Kind(NamedTuple):
         return weights[self.names.index('down_b')] if 'down_b' in self.names else None
 
 
+def fused_block(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    scale: Tensor | None,
+    grid: tuple[int, int],
+    heads: int,
+    reverse: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run one ViL block on fused kernels, with exact gradients, as an operator where somebody could tell.
+
+    Args:
+        x: Residual stream, (B, S, D); its dtype is kept. Without norm_w: input of the inner part, whose output has
+            `dtype`.
+        weights: Parameters by the short names of `mmvil.ops.block_op.WEIGHTS`; biases may be missing.
+        scale: Drop path factor per image, (B,), or None.
+        grid: Rows and columns of the token grid.
+        heads: Heads of the cell.
+        reverse: Read the tokens from the last to the first.
+        dtype: Type that activations are stored in and multiplied as: float32, bfloat16 or float16.
+
+    Returns:
+        (B, S, D).
+    """
+    tensors = list(weights.values())
+    if operators_may_be_skipped(x, *tensors):
+        return fused_blocks(x, [weights], [scale], [(heads, reverse)], grid, dtype)
+    arguments = x.contiguous(), tensors, ' '.join(weights), scale, *grid, heads, reverse, dtype
+    return vil_block_fwd(*arguments)[0] if _want_gradients(x, tensors) else vil_block_inference(*arguments)
+
+
 def fused_blocks(
     x: Tensor,
     weights: Sequence[dict[str, Tensor]],
@@ -56,11 +89,11 @@ def fused_blocks(
     grid: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run ViL blocks behind each other as one call, with exact gradients, where operators may be skipped.
+    """Run one or several ViL blocks behind each other, with exact gradients, where operators may be skipped.
 
     Args:
         x: Residual stream, (B, S, D).
-        weights: Of each block as for `fused_block`, with norms.
+        weights: Of each block as for `fused_block`, of several with norms.
         scales: Of each block as for `fused_block`.
         kinds: Heads and reverse of each block.
         grid: Rows and columns of the token grid.
@@ -74,11 +107,21 @@ def fused_blocks(
         tensors += named.values() if scale is None else (*named.values(), scale)
         chain.append(_Kind(tuple(named), *kind, scale is not None))
     settings = tuple(chain), grid, dtype
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+    if _want_gradients(x, tensors):
         return _EagerBlocks.apply(x.contiguous(), *settings, *tensors)
     parts = _parts(x.contiguous(), settings[0], tensors)
     outputs = side_by_side(lambda part: _forward(part[0], *settings, part[1:], keep=False)[0], parts)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _want_gradients(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Not so in inference, and for frozen blocks that nothing before them needs a gradient through."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+
+
+def _repeat(function: Callable[..., list[Tensor | None]], chain: tuple[_Kind, ...]) -> Callable:
+    """A function that runs each block by a tape of its own; several blocks from some calls on by one of all."""
+    return repeated(function, FIRST_CALLS) if len(chain) > 1 else function
 
 
 def _parts(x: Tensor, chain: tuple[_Kind, ...], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -88,7 +131,7 @@ def _parts(x: Tensor, chain: tuple[_Kind, ...], tensors: Sequence[Tensor]) -> li
     other fill the device.
     """
     inner = tensors[chain[0].names.index('skip')].numel()
-    if x.shape[0] == 1 or not is_captured(x) or x.shape[0] * x.shape[1] * inner not in BESIDE:
+    if len(chain) == 1 or x.shape[0] == 1 or not is_captured(x) or x.shape[0] * x.shape[1] * inner not in BESIDE:
         return [[x, *tensors]]
     parts, rest = [[half] for half in x.chunk(2)], iter(tensors)
     for kind in chain:
@@ -103,7 +146,7 @@ def _forward(
     keep: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The last block's output, and with `keep` what the backward pass needs."""
-    run = repeated(_run_forward, FIRST_CALLS)
+    run = _repeat(_run_forward, chain)
     return run([x, *tensors], x.shape, chain, *grid, dtype, keep, dot_precision(dtype))
 
 
@@ -162,7 +205,7 @@ class _EagerBlocks(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         out, *kept = _forward(x, chain, grid, dtype, tensors, keep=True)
-        ctx.settings, ctx.precision = (chain, *grid), dot_precision(dtype)
+        ctx.chain, ctx.grid, ctx.precision = chain, grid, dot_precision(dtype)
         ctx.save_for_backward(x, *tensors, *kept)
         return out
 
@@ -170,6 +213,6 @@ class _EagerBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
-        run, wanted = repeated(_run_backward, FIRST_CALLS), ctx.needs_input_grad[4:]
-        dx, *found = run([dout.contiguous(), x, *others], x.shape, *ctx.settings, wanted, ctx.precision)
+        run, wanted = _repeat(_run_backward, ctx.chain), ctx.needs_input_grad[4:]
+        dx, *found = run([dout.contiguous(), x, *others], x.shape, ctx.chain, *ctx.grid, wanted, ctx.precision)
         return dx, None, None, None, *found

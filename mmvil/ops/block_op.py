@@ -13,12 +13,20 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
-from .eager import operators_may_be_skipped
 from .triton_launch import choose_form, dot_precision, empty_rows_like, interpreting, is_compile_failure
 
-__all__ = ['WEIGHTS', 'backward', 'count_kept', 'forget_tapes', 'forward', 'fused_block', 'repeated']
+__all__ = [
+    'WEIGHTS',
+    'backward',
+    'count_kept',
+    'forget_tapes',
+    'forward',
+    'repeated',
+    'vil_block_fwd',
+    'vil_block_inference',
+]
 
 WEIGHTS = (
     'norm_w', 'norm_b', 'up_w', 'up_b', 'conv_w', 'conv_b', 'wq', 'bq', 'wk', 'bk', 'wv', 'bv', 'wi', 'bi', 'wf', 'bf',
@@ -335,72 +343,6 @@ def _run_backward(
     return [dx, *found]
 
 
-class _EagerBlock(torch.autograd.Function):
-    """The same without torch's dispatcher."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        names: tuple[str, ...],
-        scale: Tensor | None,
-        sizes: tuple,
-        dtype: torch.dtype,
-        *weights: Tensor,
-    ) -> Tensor:
-        out, *saved = forward(x, names, weights, scale, sizes, dtype)
-        ctx.names, ctx.sizes = names, sizes
-        ctx.save_for_backward(x, scale, *weights, *saved)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, *rest = ctx.saved_tensors
-        weights, saved = rest[: len(ctx.names)], rest[len(ctx.names) :]
-        wanted = ctx.needs_input_grad[5:]
-        dx, *found = backward(dout, x, ctx.names, weights, scale, saved, ctx.sizes, wanted, own=False)
-        return (dx, None, None, None, None, *found)
-
-
 def _like(gradient: Tensor, weight: Tensor, own: bool) -> Tensor:
     """The gradient in its weight's shape and dtype, if `own` as a copy."""
     return gradient.reshape(weight.shape).to(weight.dtype, copy=own)
-
-
-def fused_block(
-    x: Tensor,
-    weights: dict[str, Tensor],
-    scale: Tensor | None,
-    grid: tuple[int, int],
-    heads: int,
-    reverse: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Run one ViL block on fused kernels, with exact gradients.
-
-    Args:
-        x: Residual stream, (B, S, D); its dtype is kept. Without norm_w: input of the inner part, whose output has
-            `dtype`.
-        weights: Parameters by the short names of `WEIGHTS`; biases may be missing.
-        scale: Drop path factor per image, (B,), or None.
-        grid: Rows and columns of the token grid.
-        heads: Heads of the cell.
-        reverse: Read the tokens from the last to the first.
-        dtype: Type that activations are stored in and multiplied as: float32, bfloat16 or float16.
-
-    Returns:
-        (B, S, D).
-    """
-    x, tensors = x.contiguous(), list(weights.values())
-    sizes = (*grid, heads, reverse)
-    # Without any: inference, and frozen blocks that nothing before them needs a gradient through.
-    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    if not operators_may_be_skipped(x, *tensors):
-        arguments = x, tensors, ' '.join(weights), scale, *sizes, dtype
-        if with_gradients:
-            return torch.ops.mmvil.vil_block_fwd(*arguments)[0]
-        return torch.ops.mmvil.vil_block_inference(*arguments)
-    if with_gradients:
-        return _EagerBlock.apply(x, tuple(weights), scale, sizes, dtype, *tensors)
-    return forward(x, tuple(weights), tensors, scale, sizes, dtype, keep=False)[0]
