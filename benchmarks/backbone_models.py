@@ -13,6 +13,7 @@ __all__ = [
     'SETTLING_CALLS',
     'build_deit',
     'build_vil',
+    'difference',
     'draw_weights',
     'features',
     'forward_work',
@@ -82,6 +83,12 @@ def settled(work: Callable[[], Tensor]) -> Tensor:
     for _ in range(SETTLING_CALLS):
         out = work()
     return out.detach().double().cpu()
+
+
+def difference(replay: Callable[[], Tensor], work: Callable[[], Tensor]) -> float:
+    """Relative L2 difference of what a captured batch gives from what its kernels give launched one by one."""
+    (error,) = relative_errors([replay().double().cpu()], [work().double().cpu()])
+    return float(f'{error:.2e}')
 
 
 def relative_errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:

@@ -99,13 +99,19 @@ def measure(
                 run()
             timed(name, run)
         if 'graph' in modes:
-            timed(f'{name}_graph', graphed(run))
+            replay = graphed(run)
+            if name == 'forward':
+                row['graph_error'] = backbone.difference(replay, run)
+            timed(f'{name}_graph', replay)
     if 'graph' in modes:
         half = copy.deepcopy(model).bfloat16()
         row.update(check_half(half))
         if 'error' in row:
             return
-        timed('forward_bf16', graphed(backbone.half_work(half, images)))
+        run = backbone.half_work(half, images)
+        replay = graphed(run)
+        row['bf16_graph_error'] = backbone.difference(replay, run)
+        timed('forward_bf16', replay)
     if 'eager' in modes and isinstance(model, VisionLSTM) and model.blocks[0].layer.fused:
         replayed = backbone.build_vil('fused', row['size'], row['pixels'], cuda_graphs=True).cuda().train()
         replayed.load_state_dict(model.state_dict())
@@ -213,7 +219,16 @@ def measure_model(
         measure(row, model, images, options.modes, stopwatch, check, check_half)
     except torch.cuda.OutOfMemoryError:
         row['error'] = 'out of memory'
+    if name != 'deit':
+        row.update(graph_verdict(row, exact[1][0], exact[2]))
     return row
+
+
+def graph_verdict(row: dict[str, object], rounding: float, bf16_rounding: float) -> dict[str, str]:
+    """An error if a captured batch is farther from the launched one than a result may be from float64."""
+    pairs = (row.get('graph_error', 0.0), rounding), (row.get('bf16_graph_error', 0.0), bf16_rounding)
+    right = all(error <= TIMES_ROUNDING * limit for error, limit in pairs)  # NaN is wrong, too
+    return {} if right else {'error': 'WRONG in a graph'}
 
 
 def worker(options: argparse.Namespace) -> dict[str, object]:

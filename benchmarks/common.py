@@ -71,7 +71,7 @@ def graphed(work: Callable[[], object]) -> Callable[[], object]:
         work: Enqueues work of fixed shapes on the current stream.
 
     Returns:
-        A function that replays it.
+        A function that replays it and gives its result, in memory that the next replay writes to.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -81,8 +81,13 @@ def graphed(work: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+        result = work()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def copy_rate(stopwatch: Stopwatch) -> float:

@@ -82,6 +82,15 @@ def test_inference_is_compared_once_all_blocks_are_one_call() -> None:
     assert len(calls) > FIRST_CALLS + 1  # those before the recording one, that one, and one more
 
 
+def test_captured_batches_are_compared_with_launched_ones() -> None:
+    out = torch.tensor([3.0, 4.0])
+    assert models.difference(lambda: out, lambda: out) == 0
+    assert models.difference(lambda: out + torch.tensor([0.0, 0.1]), lambda: out) == pytest.approx(0.02, rel=1e-2)
+    for error, right in ((0.019, True), (0.021, False), (float('nan'), False)):
+        assert ('error' not in bench.graph_verdict({'graph_error': error}, 0.01, 1.0)) == right
+        assert ('error' not in bench.graph_verdict({'bf16_graph_error': error}, 1e-9, 0.01)) == right
+
+
 def test_kinds_of_parameters_are_judged_over_all_blocks() -> None:
     names = ['features', *(f'_orig_mod.blocks.{i}.layer.igate.bias' for i in range(16))]
     rounding = [0.01] * 17

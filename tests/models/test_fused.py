@@ -13,38 +13,8 @@ from mmvil.models.block import _try_fused
 from mmvil.models.fused import fused_weights, give_up_fused, run_fused, why_not_fused
 from mmvil.ops import block_op
 from mmvil.ops.flops import count_as
-from mmvil.ops.triton_launch import interpreting
 
-on_kernels = pytest.mark.skipif(
-    not (interpreting() or torch.cuda.is_available()), reason='needs a GPU or the interpreter of Triton'
-)
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-FULL_WIDTH = pytest.mark.parametrize(
-    ('dims', 'grid'),
-    [
-        pytest.param(192, (14, 14), id='T'),
-        pytest.param(384, (12, 17), id='S'),
-        pytest.param(768, (7, 9), id='B'),
-        pytest.param(192, (32, 32), id='T-512px'),
-        pytest.param(384, (19, 23), id='S-long'),
-        pytest.param(768, (20, 24), id='B-long'),
-        pytest.param(192, (34, 38), id='T-chunkwise'),
-    ],
-)
-
-
-def trained_like(block: ViLBlock) -> ViLBlock:
-    """Parameters that all matter."""
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    with torch.no_grad():
-        block.layer.fgate.bias.add_(3.0)
-    return block
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    expected = expected.double().cpu()
-    return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
+from .fused_cases import DEVICE, FULL_WIDTH, V1, at_full_width, on_kernels, relative, trained_like
 
 
 def gradients(block: ViLBlock | ViLLayer, out: Tensor, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
@@ -79,9 +49,6 @@ def mean_errors(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, plai
         torch.manual_seed(seed)
         draws.append(compare(block, grid, dtype, plain=plain))
     return {name: (sum(draw[name] ** 2 for draw in draws) / len(draws)) ** 0.5 for name in draws[0]}
-
-
-V1 = {'conv': 'causal_conv1d', 'conv_kernel_size': 4, 'proj_bias': False, 'norm_bias': False}
 
 
 @on_kernels
@@ -184,6 +151,18 @@ def test_rows_of_a_strip(rows: int, beside: int, height: int) -> None:
 
 
 @on_kernels
+def test_planes_of_a_chunk() -> None:
+    """There are as many as the kernels' order of the gates' columns needs, each for one column at most."""
+    from mmvil.ops.block import share_planes
+    from mmvil.ops.block_gate_kernels import _plane
+
+    for gates in range(1, 49):
+        planes = {_plane.fn(column) for column in range(gates)}
+        assert len(planes) == gates
+        assert share_planes(gates) == max(planes) + 1
+
+
+@on_kernels
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
 def test_drop_path_scales_whole_images(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -260,16 +239,6 @@ def test_what_cannot_be_built_is_given_up_and_other_errors_are_not(monkeypatch: 
     assert 'shared memory' in why_not_fused(block, x)
 
 
-def at_full_width(dims: int, reverse: bool, options: dict) -> ViLBlock:
-    """Parameters moved off their start values, where gates and biases would be zero."""
-    torch.manual_seed(0)
-    block = ViLBlock(dims, reverse, **options)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    return block
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures('nan_filled_empty')
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
@@ -329,69 +298,6 @@ def test_whole_model_eager_compiled_and_checkpointed() -> None:
         assert relative(parameter.grad, other.grad) < 1e-3, name
 
 
-def inference_error(block: ViLBlock, grid: tuple[int, int], dtype: torch.dtype, plain: bool = False) -> float:
-    """Relative error of a forward pass without gradients against float64."""
-    x = torch.randn(2, grid[0] * grid[1], block.layer.embed_dims, device=DEVICE)
-    block = copy.deepcopy(block).to(DEVICE)
-    block.layer.fused = not plain
-    with torch.no_grad(), torch.autocast(DEVICE, dtype=dtype, enabled=dtype != torch.float32):
-        out = block(x, grid) if plain else run_fused(block, x, grid)
-        return relative(out - x, block.double()(x.double(), grid) - x.double())
-
-
-@on_kernels
-@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
-@pytest.mark.parametrize(
-    ('dims', 'grid', 'options'),
-    [
-        (16, (3, 5), {}),
-        (24, (5, 3), {'proj_bias': False}),
-        (24, (3, 7), V1),
-        (16, (13, 20), {'norm_bias': False}),  # more tokens than one scan takes
-        (32, (1, 2), {'num_heads': 2}),
-        (80, (2, 9), {}),  # heads in two pieces
-        (16, (16, 16), {}),  # as many tokens as one scan takes
-        (24, (1, 257), V1),
-        (160, (2, 3), {'num_heads': 10}),  # more parts than are asked for at once, columns of two products
-        (16, (4, 6), V1),
-    ],
-    ids=[
-        '2d',
-        'no-bias',
-        'v1',
-        'many-tokens',
-        'two-tokens',
-        'two-pieces',
-        'full-scan',
-        'just-more',
-        'many-heads',
-        'even-v1',
-    ],
-)
-def test_inference_without_keys_and_values(
-    dims: int, grid: tuple[int, int], options: dict, reverse: bool, nan_filled_empty: None
-) -> None:
-    """What is not kept for a backward pass is not made: projections are folded into the cell's ends."""
-    torch.manual_seed(0)
-    block = trained_like(ViLBlock(dims, reverse, **options))
-    assert inference_error(block, grid, torch.float32) < 1e-5
-    assert inference_error(block, grid, torch.float16) < 3e-3
-
-
-@on_kernels
-@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
-@pytest.mark.parametrize('options', [{}, {'proj_bias': False}, V1], ids=['2d', 'no-bias', 'v1'])
-def test_chunkwise_inference_without_values(
-    options: dict, reverse: bool, monkeypatch: pytest.MonkeyPatch, nan_filled_empty: None
-) -> None:
-    """Long sequences have keys, but values still meet the cell's output."""
-    monkeypatch.setattr(block_op, 'choose_form', lambda *_: 'chunkwise')
-    torch.manual_seed(0)
-    block = trained_like(ViLBlock(24, reverse, **options))
-    assert inference_error(block, (15, 19), torch.float32) < 1e-5
-    assert inference_error(block, (15, 19), torch.float16) < 3e-3
-
-
 @on_kernels
 def test_what_is_kept_for_the_backward_pass() -> None:
     """Besides the input: five tensors of E channels a token, and numbers a head."""
@@ -403,32 +309,6 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     _, *kept = torch.ops.mmvil.vil_block_fwd(x, list(weights.values()), ' '.join(weights), None, *sizes, x.dtype)
     wide = sorted(t.numel() for t in kept if t.numel() >= 2 * tokens * 2 * dims)
     assert wide == [2 * tokens * 2 * dims] * 3 + [2 * tokens * 4 * dims]
-
-
-@on_kernels
-@pytest.mark.parametrize(
-    'options', [{'qkv_block_size': 8}, {'num_heads': 8}], ids=['blocks of 8', 'heads across blocks']
-)
-def test_inference_that_cannot_be_folded_is_the_forward_pass_of_training(options: dict) -> None:
-    """It keeps nothing, and overwrites h with what is made of it."""
-    torch.manual_seed(0)
-    block = trained_like(ViLBlock(24, reverse=True, **options)).to(DEVICE)
-    x = torch.randn(2, 70, 24, device=DEVICE)
-    with torch.no_grad():
-        inference = run_fused(block, x, (7, 10))
-    assert torch.equal(inference, run_fused(block, x, (7, 10)))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
-@pytest.mark.parametrize('options', [{}, V1], ids=['2d', 'v1'])
-@FULL_WIDTH
-def test_inference_at_full_width(dims: int, grid: tuple[int, int], options: dict, reverse: bool) -> None:
-    block = at_full_width(dims, reverse, options)
-    for dtype in (torch.bfloat16, torch.float16):
-        fused, plain = (inference_error(block, grid, dtype, plain) for plain in (False, True))
-        assert fused < 1.1 * plain
-    assert inference_error(block, grid, torch.float32) < 1e-5
 
 
 @pytest.mark.gpu
