@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvil.models import ViLBlock
 from mmvil.models.fused import run_fused
-from mmvil.ops import block_op
+from mmvil.ops import block_chain
 from mmvil.ops.eager import operators_may_be_skipped
 from mmvil.ops.triton_launch import interpreting
 
@@ -85,7 +85,7 @@ def test_both_ways_give_the_same(options: dict, monkeypatch: pytest.MonkeyPatch)
     made = block(**options)
     made.layer.proj_up.weight.requires_grad_(False)
     direct = gradients(made)
-    monkeypatch.setattr(block_op, 'operators_may_be_skipped', lambda *_: False)
+    monkeypatch.setattr(block_chain, 'operators_may_be_skipped', lambda *_: False)
     for one, other in zip(direct, gradients(made), strict=True):
         assert torch.equal(one, other)
     assert made.layer.proj_up.weight.grad is None
