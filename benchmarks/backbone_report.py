@@ -13,6 +13,9 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
+from mmvil.ops.carried import can_carry
 from mmvil.ops.flops import mlstm_flops
 from mmvil.ops.triton_launch import choose_form
 
@@ -43,6 +46,8 @@ KERNEL_BYTES = {
     'gates_kernel': 2,
     'gates_scan_kernel': 2,
     'quadratic_forward_kernel': 4 * 4,
+    'carry_kernel': 4 * 4,
+    'segment_state_kernel': 2 * 4,
     'output_kernel': 4 * 4,
     'residual_kernel': 2 + 4 + 4,
     'output_backward_kernel': 8 * 4,
@@ -178,7 +183,8 @@ def known_bytes(kernel: str, images: int, tokens: int, dims: int, work: str) -> 
         dims: D.
         work: 'forward', which is inference, or 'train'.
     """
-    form = choose_form(tokens, EXPAND * dims // HEADS, trains=False)
+    dim, device = EXPAND * dims // HEADS, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    form = choose_form(tokens, dim, trains=False, carries=can_carry(dim, torch.bfloat16, device))
     table = KERNEL_BYTES | INFERENCE_BYTES[form] if work == 'forward' else KERNEL_BYTES
     units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else table.get(kernel)
     if units is None:

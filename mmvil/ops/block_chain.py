@@ -174,7 +174,7 @@ def _run_forward(
 
 
 def _run_backward(
-    tensors: Sequence[Tensor], _: torch.Size, chain: tuple[_Kind, ...], rows: int, columns: int,
+    tensors: Sequence[Tensor], _: torch.Size, chain: tuple[_Kind, ...], rows: int, columns: int, dtype: torch.dtype,
     wanted: tuple[bool, ...], precision: str,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x and of the other tensors, None where they are not wanted. Blocks are repeated alone."""
@@ -185,7 +185,7 @@ def _run_backward(
     found = []
     for (kind, weights, scale, are_wanted), start in zip(reversed(blocks), reversed(inputs), strict=True):
         sizes = rows, columns, kind.heads, kind.reverse
-        first = len(kept) - count_kept(start, kind.names, weights, sizes)
+        first = len(kept) - count_kept(start, kind.names, weights, sizes, dtype)
         saved, kept = kept[first:], kept[:first]
         dx, *gradients = backward(dx, start, kind.names, weights, scale, saved, sizes, tuple(are_wanted), own=False)
         found = [*gradients, *[None] * kind.scaled, *found]
@@ -205,7 +205,7 @@ class _EagerBlocks(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         out, *kept = _forward(x, chain, grid, dtype, tensors, keep=True)
-        ctx.chain, ctx.grid, ctx.precision = chain, grid, dot_precision(dtype)
+        ctx.chain, ctx.sizes, ctx.precision = chain, (*grid, dtype), dot_precision(dtype)
         ctx.save_for_backward(x, *tensors, *kept)
         return out
 
@@ -214,5 +214,5 @@ class _EagerBlocks(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
         run, wanted = _repeat(_run_backward, ctx.chain), ctx.needs_input_grad[4:]
-        dx, *found = run([dout.contiguous(), x, *others], x.shape, ctx.chain, *ctx.grid, wanted, ctx.precision)
+        dx, *found = run([dout.contiguous(), x, *others], x.shape, ctx.chain, *ctx.sizes, wanted, ctx.precision)
         return dx, None, None, None, *found

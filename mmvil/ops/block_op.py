@@ -73,9 +73,15 @@ def _form(form: str) -> ModuleType:
     return importlib.import_module(f'.triton_{form}', __package__)
 
 
-def _cell(shape: object, trains: bool) -> ModuleType:
+@functools.cache
+def _can_carry(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    return importlib.import_module('.carried', __package__).can_carry(dim, dtype, device)
+
+
+def _cell(shape: object, dtype: torch.dtype, device: torch.device, trains: bool = True) -> ModuleType:
     """The form of the mLSTM that is fastest at this size, with a backward pass or without."""
-    return _form(choose_form(shape.tokens, shape.inner // shape.heads, trains))
+    dim = shape.inner // shape.heads
+    return _form(choose_form(shape.tokens, dim, trains, _can_carry(dim, dtype, device)))
 
 
 def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:
@@ -150,7 +156,7 @@ def _(
     )
     kept = [x.new_empty(batch, tokens, inner, dtype=dtype) for _ in range(2)]
     out = torch.empty_like(x, dtype=x.dtype if 'norm_w' in named else dtype)
-    return [out, u, gates, empty_rows_like(q), *kept, *_cell(shape, trains=True).empty_saved(q)]
+    return [out, u, gates, empty_rows_like(q), *kept, *_cell(shape, dtype, x.device).empty_saved(q)]
 
 
 @torch.library.custom_op('mmvil::vil_block_inference', mutates_args=())
@@ -268,7 +274,7 @@ def _run_forward(
     scale, *added = (next(others) if is_present else None for is_present in present)
     shape, launchers = _shape(x, named, rows, columns, heads, reverse), _launchers()
     stream, x, *saved, statistics = launchers.block_forward(
-        shape, _cell(shape, keep), launchers.Stream(x, *added), named, dtype, scale, keep
+        shape, _cell(shape, dtype, x.device, keep), launchers.Stream(x, *added), named, dtype, scale, keep
     )
     results = [stream.summed() if finish else stream.branch, *([x] if present[1] else [])]
     if not keep:
@@ -278,10 +284,10 @@ def _run_forward(
     return [*results, *saved, *statistics]
 
 
-def count_kept(x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], sizes: tuple) -> int:
+def count_kept(x: Tensor, names: tuple[str, ...], weights: Sequence[Tensor], sizes: tuple, dtype: torch.dtype) -> int:
     """How many tensors a block keeps for its backward pass: all that `forward` gives behind out and the sum."""
     shape = _shape(x, _named(names, weights), *sizes)
-    return len(('u', 'gates', 'h', 'pre', 'v')) + _cell(shape, trains=True).COUNT_SAVED
+    return len(('u', 'gates', 'h', 'pre', 'v')) + _cell(shape, dtype, x.device).COUNT_SAVED
 
 
 def _build_backward(
@@ -293,7 +299,7 @@ def _build_backward(
     If its kernels cannot be built, this must be known while the plain modules can still run: later they would need
     activations that are gone.
     """
-    cell = _cell(shape, trains=True)
+    cell = _cell(shape, saved[0].dtype, x.device)
     stores = cell is _form('quadratic') and shape.tokens <= cell.stored_tokens(shape.inner // shape.heads)
     kind = dataclasses.replace(shape, batch=0, grid=()), cell, stores
     dtypes = [None if tensor is None else tensor.dtype for tensor in (x, saved[0], scale, *named.values())]
@@ -326,7 +332,7 @@ def _run_backward(
     shape = _shape(x, named, rows, columns, heads, reverse)
     try:
         dx, gradients = _backward_launchers().block_backward(
-            shape, _cell(shape, trains=True), dout, x, u, gates, h, pre, v, tuple(statistics), named, scale
+            shape, _cell(shape, u.dtype, x.device), dout, x, u, gates, h, pre, v, tuple(statistics), named, scale
         )
     except Exception as error:
         if is_compile_failure(error):  # of a kind that could be built before, and too late for the plain modules

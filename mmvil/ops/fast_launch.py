@@ -204,4 +204,4 @@ def fast_kernel(kernel: object) -> object:
     Returns:
         A `FastKernel`, or the kernel itself in the interpreter and with Triton versions that are not known.
     """
-    return FastKernel(kernel) if type(kernel) is JITFunction and _triton_is_known() else kernel
+    return FastKernel(kernel) if isinstance(kernel, JITFunction) and _triton_is_known() else kernel

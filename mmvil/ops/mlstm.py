@@ -92,7 +92,7 @@ def mlstm(
     backend = _choose_backend(backend, q)
     if backend == 'triton':
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, igate, fgate))
-        form = choose_form(q.shape[-2], q.shape[-1], trains)
+        form = choose_form(q.shape[-2], q.shape[-1], trains, _carries(q.shape[-1], q.dtype, q.device.index))
         return custom_op.mlstm_triton(q, k, v, igate, fgate, bool(reverse), float(eps), form)
     # The step-by-step definition loses digits in float32 where the normaliser cancels, so it is given more of them.
     double = q.dtype == torch.float64 or (backend == 'recurrent' and q.device.type != 'mps')
@@ -158,6 +158,14 @@ def _auto_takes_triton(dtype: torch.dtype, index: int | None) -> bool:
         _warned.add(reason)
         warnings.warn(f'mlstm runs in plain torch: {reason}', stacklevel=2)
     return reason is None and dtype != torch.float64
+
+
+@constant_when_compiled
+def _carries(head_dim: int, dtype: torch.dtype, index: int | None) -> bool:
+    """Whether the chunkwise kernels carry their state along, which changes from where on they are the faster ones."""
+    from .carried import can_carry  # imports Triton
+
+    return can_carry(head_dim, dtype, torch.device('cpu') if index is None else torch.device('cuda', index))
 
 
 _warned: set[str] = set()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_chunkwise_products, triton_chunkwise_states
+from . import carried, triton_chunkwise_products, triton_chunkwise_states
 from .fast_launch import FastKernels
 from .triton_chunkwise_tiles import ProductTiles, StateTiles, Tiles, choose_tiles, split_dim
 from .triton_launch import device_limits, dot_precision, empty_rows_like, rows_contiguous
@@ -122,7 +122,7 @@ def forward(
     Returns:
         h like q, and what `backward` needs.
     """
-    tiles = tiles or _default_tiles(q)
+    may_carry, tiles = tiles is None, tiles or _default_tiles(q)
     h, saved = empty_rows_like(q), empty_saved(q, tiles)
     if q.numel() == 0:
         return h, saved
@@ -131,6 +131,8 @@ def forward(
     states, normalisers = saved.states, saved.state_normalisers
     with call.device():
         call.scan_gates(igate, fgate, saved)
+        if may_carry and call.carry(q, k, v, h, saved, not sums):
+            return h, saved
         call.make_states(k, v, h, states, normalisers, saved, None, None, None)
         call.scan_states(states, normalisers, saved, None)
         call.product(OUTPUT, q, k, v, h, q, states, normalisers, saved, saved.read, None, None, None, sums)
@@ -233,6 +235,15 @@ class _Call:
         state_kernels.gate_scan_kernel[grid](
             igate, fgate, sums[0], sums[1], saved.gate, saved.maximum, saved.write, saved.read, saved.stabiliser,
             saved.border, self.total, self.length, self.tile_count, **constants,
+        )  # fmt: skip
+
+    def carry(self, q, k, v, h, saved, keep: bool) -> bool:
+        """States and output in one, where the kernels for that run; whether they did."""
+        if self.tiles.tile != carried.TILE or self.target.type != 'cuda':
+            return False
+        return carried.carry(
+            q, k, v, h, saved, self.strides(q, k, v, h), self.unit, self.tiles.chunk // self.tiles.tile, self.scale,
+            self.eps, self.reverse, keep,
         )  # fmt: skip
 
     def make_states(self, x, y, h, states, sums, saved, inverse, read_inverse, delta) -> None:

@@ -365,6 +365,28 @@ def state_scan_kernel(
                 tl.store(crossing + (head * chunks + chunk) * (BLOCKS + 1) + block, share)
 
 
+@triton.jit(do_not_specialize=['left', 'steps', 'tiles'])
+def segment_scan_kernel(
+    segment_states, border, left, steps, tiles, SPLIT: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Replace what each of `left` segments of `steps` tiles adds to the state by the state after it, in place.
+
+    States of a head and segment are SPLIT parts of STATE elements; a program carries BLOCK of them.
+    """
+    BLOCKS: tl.constexpr = SPLIT * STATE // BLOCK
+    head = tl.program_id(0) // BLOCKS
+    element = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    places = segment_states + head.to(tl.int64) * left * (SPLIT * STATE) + element
+    borders = border + head * (tiles + 1)
+    carried = tl.zeros([BLOCK], tl.float32)
+    for segment in tl.range(0, left, num_stages=STAGES):
+        keep = clamped_exp(tl.load(borders + segment * steps) - tl.load(borders + segment * steps + steps))
+        carried = keep * carried + tl.load(places).to(tl.float32)
+        tl.store(places, carried.to(segment_states.dtype.element_ty))
+        places += SPLIT * STATE
+
+
 @triton.jit(do_not_specialize=['total_heads', 'length', 'chunks', 'scale'])
 def gate_gradient_kernel(
     query_dot, key_dot, crossing, fgate, igate_gradient, fgate_gradient, total_heads, length, chunks, scale,

@@ -50,6 +50,8 @@ BFLOAT16_CAPABILITY = (8, 0)
 # (largest DH, largest S given to the quadratic form with and without a backward pass), by time on one H200,
 # interpolated between the lengths of `benchmarks/bench_mlstm.py --rows forms` (benchmarks/results/mlstm_h200.json).
 QUADRATIC_MAX_TOKENS = ((128, 1024, 1152), (256, 1024, 1408), (MAX_HEAD_DIM, 2304, 2304))
+# The same where the chunkwise form carries its state along (`carried.py`).
+CARRIED_MAX_TOKENS = (704, 640)
 ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
 """Environment variable: 1 lets the kernels run on a card of unknown compute capability."""
 
@@ -300,16 +302,18 @@ def why_not_dtype(dtype: torch.dtype, device_type: str, index: int | None) -> st
     return None
 
 
-def choose_form(length: int, head_dim: int, trains: bool) -> str:
+def choose_form(length: int, head_dim: int, trains: bool, carries: bool = False) -> str:
     """Pick the form of the kernels.
 
     Args:
         length: S.
         head_dim: DH.
         trains: Whether a backward pass follows.
+        carries: Whether the chunkwise form's forward pass carries its state along; see `carried.can_carry`.
 
     Returns:
         'quadratic'; or 'chunkwise' for sequences from which on it is faster.
     """
     limits = next(limits for largest, *limits in QUADRATIC_MAX_TOKENS if head_dim <= largest)
+    limits = CARRIED_MAX_TOKENS if carries else limits
     return 'quadratic' if length <= limits[0 if trains else 1] else 'chunkwise'

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmvil.ops import mlstm, triton_quadratic
+from mmvil.ops.carried import can_carry
 from mmvil.ops.chunkwise import mlstm_chunkwise
 from mmvil.ops.custom_op import FORMS, mlstm_fwd, mlstm_triton
 from mmvil.ops.triton_launch import device_limits
@@ -180,8 +181,12 @@ KERNEL_MODULES = {
 
 @pytest.mark.parametrize('form', FORMS)
 def test_no_compilation_for_another_batch_or_image_size(form: str) -> None:
+    names = list(KERNEL_MODULES[form])
+    if form == 'chunkwise' and can_carry(96, torch.bfloat16, torch.device('cuda')):
+        names.append('gluon_carry_kernels')
+
     def compiled_kernels() -> int:
-        modules = [importlib.import_module(f'mmvil.ops.{name}') for name in KERNEL_MODULES[form]]
+        modules = [importlib.import_module(f'mmvil.ops.{name}') for name in names]
         found = (x for module in modules for x in vars(module).values() if hasattr(x, 'device_caches'))
         return sum(len(cache[0]) for kernel in found for cache in kernel.device_caches.values())
 
@@ -192,6 +197,7 @@ def test_no_compilation_for_another_batch_or_image_size(form: str) -> None:
     for reverse in (False, True):  # a constant of the chunkwise kernels
         step(2, 196, reverse)
         step(2, 300, reverse)  # the quadratic form's backward pass has other kernels from some length on
+        step(2, 2000, reverse)  # sequences in segments, where the state is carried
     before = compiled_kernels()
     sizes = [(1, 1), (1, 16), (2, 17), (3, 49), (16, 64), (1, 144), (5, 196), (7, 197), (2, 256), (1, 1025), (3, 729)]
     for batch, length in sizes:

@@ -247,7 +247,7 @@ def test_joined_blocks_train_by_one_tape_each_way(played: list[Tape]) -> None:
 
 def test_joined_blocks_with_cells_of_both_forms(played: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
     """They keep unlike numbers of tensors for the backward pass."""
-    monkeypatch.setattr(block_op, 'choose_form', lambda _, dim, __: 'chunkwise' if dim > 8 else 'quadratic')
+    monkeypatch.setattr(block_op, 'choose_form', lambda _, dim, *__: 'chunkwise' if dim > 8 else 'quadratic')
     modules = [made(), made(num_heads=1), made(reverse=True), made(num_heads=1, reverse=True)]
     for _ in range(3):
         played.clear()
