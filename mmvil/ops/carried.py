@@ -32,7 +32,7 @@ MAX_SEGMENTS = 32
 # Measured on one H200 (benchmarks/results/operator_tiles_h200.json, 'carried'), in parts of the time of a tile of a
 # program that has a multiprocessor for itself: of a tile where two programs share it, of a tile where states alone are
 # made, of a program's start, and of the scan of the states.
-SHARED_TIME, STATES_TIME, START_TIME, SCAN_TIME = 1.5, 0.4, 1.2, 3
+SHARED_TIME, STATES_TIME, START_TIME, SCAN_TIME = 1.5, 0.4, 0.8, 3
 SCAN_BLOCK, SCAN_WARPS, SCAN_STAGES = 512, 2, 4
 
 state_kernels = FastKernels(triton_chunkwise_states)

@@ -117,7 +117,7 @@ def segment_state_kernel(
     WB: gl.constexpr = KB if KB > 0 else KA
     a_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KA, 16])
     b_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WB, 16])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (CA // 8), CA // 8], [WARPS, 1], [1, 0])
+    t_layout: gl.constexpr = gl.DotOperandLayout(0, a_layout, 2)
     shared_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, KA], DTYPE)
     shared_b: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, WB], DTYPE)
     shared_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, CA], DTYPE)
@@ -137,7 +137,6 @@ def segment_state_kernel(
     if KB > 0:
         keys_b = gl.allocate_shared_memory(DTYPE, [BUFFERS, TILE, WB], shared_b)
     values = gl.allocate_shared_memory(DTYPE, [BUFFERS, TILE, CA], shared_v)
-    weighted = gl.allocate_shared_memory(DTYPE, [TILE, CA], shared_v)
     gates = gl.allocate_shared_memory(gl.float32, [BUFFERS, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     state_a = gl.zeros((CA, KA), gl.float32, layout=a_layout)
     state_b = state_a
@@ -150,17 +149,20 @@ def segment_state_kernel(
             gate, first + ahead * TILE, length, KA, KB, CB,
         )  # fmt: skip
         async_copy.commit_group()
+    row = gl.arange(0, CA, layout=gl.SliceLayout(1, t_layout))
     for step in range(segment // TILE):
         now = step % BUFFERS
         start = first + step * TILE
         async_copy.wait_group(BUFFERS - 2)
-        write_weighted(weighted, values.index(now), gates.index(now), CB, v_layout)
+        # Weighted in registers, so that no fence waits for copies that are still on their way.
+        fade = gl.exp2(gates.index(now).load(gl.SliceLayout(0, t_layout)) * LOG2_E)
+        scaled = values.index(now).permute((1, 0)).load(t_layout).to(gl.float32)
+        weighted = (gl.where((row == CB)[:, None], 1.0, scaled) * fade[None, :]).to(DTYPE)
         keep = clamped_exp((gl.load(border + start // TILE) - gl.load(border + start // TILE + 1)).to(gl.float32))
-        state_a = state_a * keep
+        state_a = warpgroup_mma(weighted, keys_a.index(now), state_a * keep, is_async=True)
         if KB > 0:
-            state_b = state_b * keep
-        fence_async_shared()
-        state_a, state_b = add_tile(state_a, state_b, weighted, keys_a.index(now), keys_b.index(now), KB)
+            other = gl.convert_layout(weighted, gl.DotOperandLayout(0, b_layout, 2))
+            state_b = warpgroup_mma(other, keys_b.index(now), state_b * keep, is_async=True)
         free = (step + BUFFERS - 1) % BUFFERS
         copy_keys_and_values(
             keys_a.index(free), keys_b.index(free), values.index(free), gates.index(free), k, k_step, v, v_step, gate,
@@ -168,8 +170,10 @@ def segment_state_kernel(
         )  # fmt: skip
         async_copy.commit_group()
         state_a = warpgroup_mma_wait(0, deps=[state_a])
+        weighted = warpgroup_mma_wait(0, deps=[weighted])
         if KB > 0:
             state_b = warpgroup_mma_wait(0, deps=[state_b])
+            other = warpgroup_mma_wait(0, deps=[other])
     async_copy.wait_group(0)
     gl.store(state_pointers(segment_states, index, CA, DH, 0, a_layout, KA), state_a.to(DTYPE))
     if KB > 0:

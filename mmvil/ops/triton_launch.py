@@ -50,7 +50,7 @@ BFLOAT16_CAPABILITY = (8, 0)
 # (largest DH, largest S given to the quadratic form with and without a backward pass), by time on one H200,
 # interpolated between the lengths of `benchmarks/bench_mlstm.py --rows forms` (benchmarks/results/mlstm_h200.json).
 QUADRATIC_MAX_TOKENS = ((128, 1024, 1152), (256, 1024, 1408), (MAX_HEAD_DIM, 2304, 2304))
-# The same where the chunkwise form carries its state along (`carried.py`).
+# The same, DH 64 to 96, where the chunkwise form's forward pass carries its state along (`carried.py`).
 CARRIED_MAX_TOKENS = (704, 640)
 ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
 """Environment variable: 1 lets the kernels run on a card of unknown compute capability."""

@@ -220,6 +220,7 @@ def test_the_backward_pass_is_built_once_for_each_kind_of_block(
 ) -> None:
     monkeypatch.setattr(block_op, '_built', set())
     monkeypatch.setattr(block_op, 'interpreting', bool)
+    block_op.forget_tapes()  # of blocks of these sizes in other tests, which would be repeated
     launchers, runs = block_op._backward_launchers(), []
     backward = launchers.block_backward
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmvil.ops.triton_launch import (
+    CARRIED_MAX_TOKENS,
     MAX_HEAD_DIM,
     QUADRATIC_MAX_TOKENS,
     DeviceLimits,
@@ -118,6 +119,14 @@ def test_form_changes_where_the_table_says(dim: int, trains: bool) -> None:
     limit = limits[0] if trains else limits[1]
     assert [choose_form(length, dim, trains) for length in (1, 196, limit)] == ['quadratic'] * 3
     assert [choose_form(length, dim, trains) for length in (limit + 1, 65536)] == ['chunkwise'] * 2
+
+
+@pytest.mark.parametrize('trains', [False, True])
+def test_carried_states_are_taken_earlier(trains: bool) -> None:
+    limit = CARRIED_MAX_TOKENS[0 if trains else 1]
+    assert choose_form(limit, 96, trains, carries=True) == 'quadratic'
+    assert choose_form(limit + 1, 96, trains, carries=True) == 'chunkwise'
+    assert choose_form(limit + 1, 96, trains) == 'quadratic'
 
 
 def test_table_of_forms_covers_all_head_sizes() -> None:
