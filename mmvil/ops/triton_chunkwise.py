@@ -239,7 +239,7 @@ class _Call:
 
     def carry(self, q, k, v, h, saved, keep: bool) -> bool:
         """States and output in one, where the kernels for that run; whether they did."""
-        if self.tiles.tile != carried.TILE or self.target.type != 'cuda':
+        if self.tiles.tile != carried.TILE:
             return False
         return carried.carry(
             q, k, v, h, saved, self.strides(q, k, v, h), self.unit, self.tiles.chunk // self.tiles.tile, self.scale,
