@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -23,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.runtime.jit import JITFunction
 
-from mmvil.ops import triton_chunkwise, triton_quadratic
+from mmvil.ops import carried, triton_chunkwise, triton_quadratic
 from mmvil.ops.block_op import WEIGHTS
-from mmvil.ops.triton_chunkwise_tiles import shared_memory_needed, tile_candidates
-from mmvil.ops.triton_launch import DeviceLimits, head_pieces, launch_first_fitting
+from mmvil.ops.triton_chunkwise_tiles import CHUNK, shared_memory_needed, tile_candidates
+from mmvil.ops.triton_launch import DeviceLimits, ceil_div, head_pieces, launch_first_fitting
 
 FORMS = ('chunkwise', 'quadratic', 'block')
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
@@ -225,7 +226,7 @@ def compile_only(capability: int, problems: list[str]) -> Callable:
             name = ' '.join(
                 [
                     self.fn.__name__,
-                    *(f'{k}={constants[k]}' for k in ('PRODUCT', 'BACKWARD', 'FOLDED') if k in constants),
+                    *(f'{k}={constants[k]}' for k in ('PRODUCT', 'BACKWARD', 'FOLDED', 'KEEP') if k in constants),
                 ]
             )
             kernel = self.warmup(*arguments, grid=grid, **constants)
@@ -255,6 +256,25 @@ def compile_chunkwise(inputs: tuple[torch.Tensor, ...], dh: torch.Tensor, limits
             print(f' {tiles}')
             h, saved = triton_chunkwise.forward(*inputs, True, 1e-6, tiles)
             triton_chunkwise.backward(dh, *inputs, h, saved, True, 1e-6, tiles)
+
+
+def compile_carried(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limits: DeviceLimits) -> None:
+    """Compile the kernels that carry the chunkwise form's state, if they are made for the card and this Triton."""
+    with mock.patch.object(carried, 'device_limits', return_value=limits):
+        if not carried.can_carry(q.shape[-1], q.dtype, torch.device('cuda')):
+            return
+    print(' carried')
+    saved, h = triton_chunkwise.empty_saved(q), torch.empty_like(q)
+    strides = [stride // carried.ALIGNMENT for x in (q, k, v, h) for stride in x.stride()[:-1]]
+    half = ceil_div(ceil_div(q.shape[2], carried.TILE), 2)
+    replaced = {
+        'can_carry': lambda *_: True,  # tensors are on no GPU
+        'segments_for': lambda *_: (2, half),  # one segment would leave out the kernels for several
+        'is_compile_failure': lambda _: False,  # what does not compile raises, as everywhere else here
+    }
+    with mock.patch.multiple(carried, **replaced):
+        for keep in (True, False):
+            carried.carry(q, k, v, h, saved, strides, carried.ALIGNMENT, CHUNK // carried.TILE, 1.0, 1e-6, True, keep)
 
 
 def launch_all(candidates: Sequence[object], launch: Callable[[object], object]) -> None:
@@ -325,6 +345,7 @@ def main() -> int:
             inputs = q, k, v, *torch.empty(2, 1, 4, 1000)
             if 'chunkwise' in options.forms:
                 compile_chunkwise(inputs, dh, limits)
+                compile_carried(q, k, v, limits)
             if 'quadratic' in options.forms:
                 compile_quadratic(inputs, dh, limits)
             if 'block' in options.forms:
