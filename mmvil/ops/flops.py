@@ -98,7 +98,8 @@ def block_flops(
         tokens: S.
         heads: Heads of the cell.
         backward: Count the backward pass instead of the forward pass.
-        trains: Whether a backward pass follows, on which the form of the cell depends.
+        trains: Whether a backward pass follows, on which the form of the cell depends; it is the form of a card where
+            the chunkwise one does not carry its state.
 
     Returns:
         FLOPs, 2 per multiply-add.

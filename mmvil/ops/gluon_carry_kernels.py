@@ -6,8 +6,8 @@ state, adds those of the own tile, and moves the state on: queries, keys and val
 chunks are written only where a backward pass will need them. One more column of values, all ones, makes row CB of the
 state the normaliser's, sum_s exp(g_s - R) k_s.
 
-Triton's own pipeliner does not arrive at this: it holds more in registers than there are. Nothing here runs in the
-interpreter; `tests/ops/test_carried.py` compares these kernels with the others on a GPU.
+Triton's own pipeliner does not arrive at this: it holds more in registers than there are. Its interpreter does not run
+Gluon; tests have a stand-in for the language.
 """
 
 from triton.experimental import gluon

@@ -73,7 +73,9 @@ def _copy(shared: Shared, pointer: Pointer, mask: Tensor | None = None) -> None:
     shared.memory.copy_(_load(pointer, mask))
 
 
-def _product(left: Shared | Tensor, right: Shared, sums: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+def _product(
+    left: Shared | Tensor, right: Shared, sums: Tensor, use_acc: bool = True, is_async: bool = False
+) -> Tensor:
     left, right = (x.memory if isinstance(x, Shared) else x for x in (left, right))
     assert left.dtype == right.dtype == torch.bfloat16
     return left.float() @ right.float() + (sums if use_acc else 0)
@@ -107,51 +109,58 @@ def _language(warps: int) -> ModuleType:
     return language
 
 
-def load_kernels(name: str, warps: int = 4) -> SimpleNamespace:
-    """Load a module of `mmvil.ops` whose kernels are written in Gluon.
+def load_kernels(*names: str, warps: int = 4) -> tuple[SimpleNamespace, ...]:
+    """Load modules of `mmvil.ops` whose kernels are written in Gluon.
 
     Args:
-        name: Its name without the package.
+        names: Their names without the package; those that others import come first.
         warps: Warps of a program.
 
     Returns:
-        Its kernels, to be called as `kernel[grid](*arguments, **constants)`, with one number as the grid. Tensors that
-        they get must have no gaps, or be views from the start of one that has none.
+        The kernels of each, to be called as `kernel[grid](*arguments, **constants)`, with one number as the grid.
+        Tensors that they get must have no gaps, or be views of one that has none.
     """
     language = _language(warps)
-    gluon = ModuleType('triton.experimental.gluon')
-    gluon.language, gluon.jit = language, lambda function=None, **_: function or (lambda x: x)
-    ampere, hopper = ModuleType('ampere'), ModuleType('hopper')
+    experimental, gluon, ampere, hopper = (ModuleType(x) for x in ('experimental', 'gluon', 'ampere', 'hopper'))
+    experimental.gluon, gluon.language = gluon, language
+    gluon.jit = lambda function=None, **_: function or (lambda x: x)
     ampere.async_copy = SimpleNamespace(
         async_copy_global_to_shared=_copy, commit_group=lambda: None, wait_group=lambda _: None
     )
     hopper.fence_async_shared = lambda: None
     hopper.warpgroup_mma, hopper.warpgroup_mma_wait = _product, lambda _, deps: deps[0]
-    stubs = {
-        'triton.experimental.gluon': gluon, 'triton.experimental.gluon.language': language,
+    modules = {
+        'triton.experimental': experimental, 'triton.experimental.gluon': gluon,
+        'triton.experimental.gluon.language': language,
         'triton.experimental.gluon.language.nvidia.ampere': ampere,
         'triton.experimental.gluon.language.nvidia.hopper': hopper,
     }  # fmt: skip
-    spec = importlib.util.find_spec(f'mmvil.ops.{name}')
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, stubs):
-        spec.loader.exec_module(module)
+    found = []
+    for name in names:
+        spec = importlib.util.find_spec(f'mmvil.ops.{name}')
+        modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(sys.modules, modules):
+            spec.loader.exec_module(module)
+        kernels = {key: Kernel(value, language) for key, value in vars(module).items() if key.endswith('_kernel')}
+        found.append(SimpleNamespace(**kernels))
+    return tuple(found)
 
-    class Kernel:
-        def __init__(self, function: Callable[..., None]) -> None:
-            self.function = function
 
-        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            def launch(*arguments: Tensor | float, num_warps: int = warps, **constants: object) -> None:
-                given = [_given(x) for x in arguments]
-                for program in range(grid[0]):
-                    language.program_id = lambda axis, program=program: torch.tensor(program)
-                    self.function(*given, **constants)
+class Kernel:
+    """A kernel whose programs run one after the other."""
 
-            return launch
+    def __init__(self, function: Callable[..., None], language: ModuleType) -> None:
+        self.function, self.language = function, language
 
-    found = {key: Kernel(value) for key, value in vars(module).items() if key.endswith('_kernel')}
-    return SimpleNamespace(**found)
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*arguments: Tensor | float, num_warps: int, **constants: object) -> None:
+            assert num_warps == self.language.num_warps()
+            given = [_given(x) for x in arguments]
+            for program in range(grid[0]):
+                self.language.program_id = lambda axis, program=program: torch.tensor(program)
+                self.function(*given, **constants)
+
+        return launch
 
 
 def _given(argument: Tensor | float) -> Pointer | Tensor | float:

@@ -1,4 +1,4 @@
-"""The kernels that carry the state: where they run, how sequences are cut, and on a Hopper card what they compute."""
+"""The kernels that carry the state: where they run, how sequences are cut, and what they compute, on a card or not."""
 
 from types import SimpleNamespace
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mmvil.ops import carried, triton_chunkwise
 from mmvil.ops.custom_op import mlstm_triton
-from mmvil.ops.triton_chunkwise_tiles import choose_tiles
+from mmvil.ops.triton_chunkwise_tiles import Tiles, choose_tiles, tile_candidates
 from mmvil.ops.triton_launch import device_limits, interpreting
 
+from .gluon_stand_in import load_kernels
 from .util import TOLERANCE, assert_all_close, computed, expected, make_inputs, relative_error
 
 EPS = 1e-6
@@ -105,6 +106,76 @@ def test_kernels_that_do_not_compile_are_given_up_once(unbuildable: None) -> Non
         assert not carry_on_cpu(64)
 
 
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the kernels without a GPU; the gates are scanned in Triton's interpreter."""
+    if not interpreting():
+        pytest.skip('on a card the kernels run there')
+    (kernels,) = load_kernels('gluon_carry_kernels', warps=carried.WARPS)
+    monkeypatch.setattr(carried, '_kernels', lambda: kernels)
+    monkeypatch.setattr(carried, 'can_carry', lambda *_: True)
+
+
+def cut_into(monkeypatch: pytest.MonkeyPatch, segments: int) -> None:
+    """Have sequences cut into so many segments, or as many as there are tiles."""
+
+    def segments_for(programs: int, tiles: int, processors: int) -> tuple[int, int]:
+        steps = -(-tiles // segments)
+        return -(-tiles // steps), steps
+
+    monkeypatch.setattr(carried, 'segments_for', segments_for)
+
+
+def exact_tiles(dim: int) -> Tiles:
+    """Tiles of these kernels for others in float32, which the interpreter computes rightly."""
+    return tile_candidates(dim, torch.float32)[0]._replace(tile=carried.TILE, chunk=256)
+
+
+@pytest.mark.parametrize('segments', [1, 2, 5])
+@pytest.mark.parametrize(('dim', 'length', 'reverse'), [(64, 300, False), (80, 65, True), (96, 590, True)])
+def test_stand_in_output(
+    dim: int, length: int, reverse: bool, segments: int, stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """h against float64; states and n against the other kernels in float32."""
+    cut_into(monkeypatch, segments)
+    inputs, dh = make_inputs((1, 2, length, dim), torch.bfloat16, seed=length, token_major=reverse)
+    h, saved = run(inputs, reverse)
+    assert relative_error(h, expected(inputs, dh, reverse)[0]) < 4e-3
+    summed, sums = run(inputs, reverse, sums=True)
+    assert torch.equal(h, summed)
+    tiles = exact_tiles(dim)
+    _, exact = triton_chunkwise.forward(*(x.float() for x in inputs), reverse, EPS, tiles)
+    for name in ('states', 'state_normalisers', 'normaliser'):  # rounded up to three times
+        assert relative_error(getattr(saved, name), getattr(exact, name)) < 6e-3, name
+    _, exact = triton_chunkwise.forward(*(x.float() for x in inputs), reverse, EPS, tiles, sums=True)
+    assert relative_error(sums.normaliser, exact.normaliser) < 4e-3
+
+
+@pytest.mark.parametrize('kind', ['closed', 'open', 'steep', 'reset'])
+def test_stand_in_extreme_gates(kind: str, stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_into(monkeypatch, 2)
+    inputs, dh = make_inputs((1, 2, 200, 64), torch.bfloat16, seed=3)
+    set_gates(kind, *inputs[3:])
+    h, _ = run(inputs, True)
+    assert torch.isfinite(h).all()
+    reference = expected(inputs, dh, True)[0]
+    assert relative_error(h, reference) < 4e-3 or reference.abs().max() < 1e-30
+
+
+def set_gates(kind: str, igate: Tensor, fgate: Tensor) -> None:
+    """Gates at the ends of what is possible."""
+    if kind == 'closed':
+        igate.fill_(-200.0)
+    elif kind == 'open':
+        fgate.fill_(100.0)
+    elif kind == 'huge':
+        igate.fill_(80.0)
+    elif kind == 'steep':
+        igate.copy_(torch.linspace(-300, 300, igate.shape[-1], device=igate.device).expand_as(igate))
+    else:
+        fgate[..., 100] = -torch.inf
+
+
 def run(inputs: list[Tensor], reverse: bool, sums: bool = False) -> tuple[Tensor, triton_chunkwise.Saved]:
     return triton_chunkwise.forward(*inputs, reverse, EPS, sums=sums)
 
@@ -136,10 +207,8 @@ def test_against_float64(dim: int, length: int, reverse: bool) -> None:
 @pytest.mark.parametrize('dim', [64, 96])
 def test_segments(dim: int, segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any cut gives the same, with states between chunks that begin inside of segments."""
-    tiles = 17
-    steps = -(-tiles // segments)
-    monkeypatch.setattr(carried, 'segments_for', lambda *_: (-(-tiles // steps), steps))
-    inputs, dh = make_inputs((2, 2, 64 * tiles - 23, dim), torch.bfloat16, 'cuda', seed=segments)
+    cut_into(monkeypatch, segments)
+    inputs, dh = make_inputs((2, 2, 64 * 17 - 23, dim), torch.bfloat16, 'cuda', seed=segments)
     actual = computed(lambda *x: mlstm_triton(*x, True, EPS, 'chunkwise'), inputs, dh)
     assert_all_close(actual, expected(inputs, dh, True), TOLERANCE[torch.bfloat16])
 
@@ -167,17 +236,7 @@ def test_keeps_what_the_other_kernels_keep(dim: int) -> None:
 @pytest.mark.parametrize('kind', ['closed', 'open', 'huge', 'steep', 'reset'])
 def test_extreme_gates(kind: str, dim: int) -> None:
     inputs, dh = make_inputs((1, 2, 400, dim), torch.bfloat16, 'cuda', seed=3)
-    igate, fgate = inputs[3:]
-    if kind == 'closed':
-        igate.fill_(-200.0)
-    elif kind == 'open':
-        fgate.fill_(100.0)
-    elif kind == 'huge':
-        igate.mul_(0).add_(80.0)
-    elif kind == 'steep':
-        igate.copy_(torch.linspace(-300, 300, 400, device='cuda').expand_as(igate))
-    else:
-        fgate[..., 100] = -torch.inf
+    set_gates(kind, *inputs[3:])
     h, _ = run(inputs, True)
     assert torch.isfinite(h).all()
     reference = expected(inputs, dh, True)[0]
