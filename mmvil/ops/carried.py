@@ -152,7 +152,7 @@ def carry(
         kernels.carry_kernel[(programs * segments,)](
             q, k, v, h, left, saved.states, saved.state_normalisers, saved.gate, saved.maximum, saved.border,
             saved.stabiliser, saved.normaliser, *strides, *sizes, saved.states.shape[1], scale, eps, **constants,
-            PER_CHUNK=per_chunk, KEEP=keep, SUMS=not keep, **options,
+            PER_CHUNK=per_chunk, KEEP=keep, **options,
         )  # fmt: skip
     except Exception as error:
         if not is_compile_failure(error):

@@ -203,13 +203,12 @@ def carry_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, h_batch, h_head, h_row,
     heads, length, segments, segment, chunks, scale, eps,
     DH: gl.constexpr, KA: gl.constexpr, KB: gl.constexpr, CA: gl.constexpr, CB: gl.constexpr, SPLIT: gl.constexpr,
-    TILE: gl.constexpr, PER_CHUNK: gl.constexpr, KEEP: gl.constexpr, SUMS: gl.constexpr, REVERSE: gl.constexpr,
-    UNIT: gl.constexpr,
+    TILE: gl.constexpr, PER_CHUNK: gl.constexpr, KEEP: gl.constexpr, REVERSE: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """h and n of one segment. KEEP: also the state before each chunk, as `chunk_state_kernel` and its scan make it.
+    """h of one segment, and n / d.
 
-    `segment_states` holds the states before all segments but the first, see `segment_state_kernel`. The normaliser is
-    divided by d if SUMS.
+    KEEP: n instead, and the state before each chunk, as `chunk_state_kernel` and its scan make it. `segment_states`
+    holds the states before all segments but the first, see `segment_state_kernel`.
     """
     DTYPE: gl.constexpr = q.dtype.element_ty
     WARPS: gl.constexpr = gl.num_warps()
@@ -348,7 +347,7 @@ def carry_kernel(
         over = 1.0 / (gl.maximum(gl.abs(sums), gl.exp2(gl.minimum(-level, LARGEST_EXPONENT) * LOG2_E)) + eps)
         over = gl.where(-level > LARGEST_EXPONENT, 0.0, over)
         known = start + row < length
-        gl.store(normaliser + start + row, sums * over if SUMS else sums, mask=known & (block == 0))
+        gl.store(normaliser + start + row, sums if KEEP else sums * over, mask=known & (block == 0))
         over = gl.convert_layout(over * scale, of_h)
         result = warpgroup_mma_wait(0, deps=[result])
         state_a = warpgroup_mma_wait(0, deps=[state_a])
