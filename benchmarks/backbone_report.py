@@ -13,11 +13,12 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
-from mmvil.ops.carried import can_carry
 from mmvil.ops.flops import mlstm_flops
-from mmvil.ops.triton_launch import choose_form
+
+if __package__:
+    from .common import chosen_form
+else:
+    from common import chosen_form
 
 __all__ = [
     'BLOCK_NAME',
@@ -183,8 +184,7 @@ def known_bytes(kernel: str, images: int, tokens: int, dims: int, work: str) -> 
         dims: D.
         work: 'forward', which is inference, or 'train'.
     """
-    dim, device = EXPAND * dims // HEADS, torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    form = choose_form(tokens, dim, trains=False, carries=can_carry(dim, torch.bfloat16, device))
+    form = chosen_form(tokens, EXPAND * dims // HEADS, trains=False)
     table = KERNEL_BYTES | INFERENCE_BYTES[form] if work == 'forward' else KERNEL_BYTES
     units = KEY_GRADIENT_BYTES[dims <= 256] if kernel == 'key_gradient_kernel' else table.get(kernel)
     if units is None:

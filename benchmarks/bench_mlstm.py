@@ -20,16 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvil.ops import mlstm
-from mmvil.ops.carried import can_carry
 from mmvil.ops.chunkwise import mlstm_chunkwise
 from mmvil.ops.custom_op import FORMS, mlstm_triton
 from mmvil.ops.flops import mlstm_flops
-from mmvil.ops.triton_launch import choose_form
 
 if __package__:
-    from .common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
+    from .common import Stopwatch, chosen_form, copy_rate, environment, graphed, matmul_rate, table, write_json
 else:
-    from common import Stopwatch, copy_rate, environment, graphed, matmul_rate, table, write_json
+    from common import Stopwatch, chosen_form, copy_rate, environment, graphed, matmul_rate, table, write_json
 
 HEADS = 4
 SPEED = [
@@ -140,8 +138,7 @@ def attention(stopwatch: Stopwatch, inputs: list[Tensor], dh: Tensor) -> dict[st
 
 def chosen_forms(length: int, dim: int) -> str:
     """What 'auto' runs without and with a backward pass."""
-    carries = can_carry(dim, torch.bfloat16, torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
-    return ', '.join(dict.fromkeys(choose_form(length, dim, trains, carries) for trains in (False, True)))
+    return ', '.join(dict.fromkeys(chosen_form(length, dim, trains) for trains in (False, True)))
 
 
 def speed_rows(

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
+from mmvil.ops.triton_launch import choose_form
+
 __all__ = [
     'Stopwatch',
+    'chosen_form',
     'commit',
     'copy_rate',
     'environment',
@@ -158,6 +161,12 @@ def host_rate() -> float:
         return time.perf_counter() - start
 
     return 100_000 / min(seconds() for _ in range(5))
+
+
+def chosen_form(length: int, head_dim: int, trains: bool) -> str:
+    """What 'auto' runs here in bfloat16; without a GPU what it runs on one of most kinds."""
+    device = torch.device('cuda') if torch.cuda.is_available() else None
+    return choose_form(length, head_dim, trains, torch.bfloat16, device)
 
 
 def table(rows: list[dict[str, object]], columns: list[str]) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..ops import custom_op
 from ..ops.block_chain import fused_block, fused_blocks
 from ..ops.eager import operators_may_be_skipped
-from ..ops.mlstm import constant_when_compiled, why_not_triton
-from ..ops.triton_launch import MAX_HEAD_DIM, is_compile_failure
+from ..ops.mlstm import why_not_triton
+from ..ops.triton_launch import MAX_HEAD_DIM, constant_when_compiled, is_compile_failure
 from . import block as plain
 from .layers import BlockDiagonalLinear, CausalConv1d, DepthwiseConv2d, DropPath, MultiHeadNorm, ResidualLayerNorm
 

@@ -73,15 +73,9 @@ def _form(form: str) -> ModuleType:
     return importlib.import_module(f'.triton_{form}', __package__)
 
 
-@functools.cache
-def _can_carry(dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return importlib.import_module('.carried', __package__).can_carry(dim, dtype, device)
-
-
 def _cell(shape: object, dtype: torch.dtype, device: torch.device, trains: bool = True) -> ModuleType:
     """The form of the mLSTM that is fastest at this size, with a backward pass or without."""
-    dim = shape.inner // shape.heads
-    return _form(choose_form(shape.tokens, dim, trains, _can_carry(dim, dtype, device)))
+    return _form(choose_form(shape.tokens, shape.inner // shape.heads, trains, dtype, device))
 
 
 def _named(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:

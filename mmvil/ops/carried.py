@@ -10,7 +10,14 @@ from torch import Tensor
 
 from . import triton_chunkwise_states
 from .fast_launch import FastKernels
-from .triton_launch import ceil_div, device_limits, head_pieces, interpreting, is_compile_failure
+from .triton_launch import (
+    ceil_div,
+    compile_failure_reason,
+    device_limits,
+    head_pieces,
+    interpreting,
+    is_compile_failure,
+)
 
 __all__ = ['can_carry', 'carry', 'segments_for', 'takes']
 
@@ -29,9 +36,9 @@ WARPS = 4
 STATES_BUFFERS = 4
 """Tiles on their way into a program that makes states alone."""
 MAX_SEGMENTS = 32
-# Measured on one H200 (benchmarks/results/operator_tiles_h200.json, 'carried'), in parts of the time of a tile of a
-# program that has a multiprocessor for itself: of a tile where two programs share it, of a tile where states alone are
-# made, of a program's start, and of the scan of the states.
+# Estimated from times on one H200 (benchmarks/results/operator_tiles_h200.json, 'carried'), in parts of the time of a
+# tile of a program that has a multiprocessor for itself: of a tile where two programs share it, of a tile where states
+# alone are made, of a program's start, and of the scan of the states.
 SHARED_TIME, STATES_TIME, START_TIME, SCAN_TIME = 1.5, 0.4, 0.8, 3
 SCAN_BLOCK, SCAN_WARPS, SCAN_STAGES = 512, 2, 4
 
@@ -157,10 +164,10 @@ def carry(
     except Exception as error:
         if not is_compile_failure(error):
             raise
-        failures[dim] = f'{type(error).__name__}: {str(error).strip().splitlines()[:1]}'
+        reason = failures[dim] = compile_failure_reason(error)
         warnings.warn(
-            f'The kernels that carry the state of the mLSTM do not compile here for DH {dim} ({failures[dim]}); the '
-            'other chunkwise kernels take over.',
+            f'The kernels that carry the state of the mLSTM do not compile here for DH {dim} ({reason}); the other '
+            'chunkwise kernels take over.',
             stacklevel=2,
         )
         return False

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .eager import operators_may_be_skipped
 from .torch_backward import like_kernels, mlstm_with_gradients
-from .triton_launch import empty_rows_like, is_compile_failure
+from .triton_launch import compile_failure_reason, empty_rows_like, is_compile_failure
 
 __all__ = ['FORMS', 'compile_failures', 'mlstm_bwd', 'mlstm_fwd', 'mlstm_triton']
 
@@ -37,9 +37,7 @@ def _module(form: str) -> ModuleType:
 
 def _give_up(form: str, q: Tensor, error: Exception) -> None:
     """Remember that the kernels do not compile here for a form, dtype and head size, and say so once."""
-    message = str(error).strip().splitlines()
-    reason = f'{type(error).__name__}: {message[0] if message else ""}'
-    compile_failures[form, q.dtype, q.shape[-1]] = reason
+    reason = compile_failures[form, q.dtype, q.shape[-1]] = compile_failure_reason(error)
     warnings.warn(
         f'The {form} Triton kernels of the mLSTM do not compile here for DH {q.shape[-1]} and {q.dtype} ({reason}); '
         'plain torch takes over. Run python -m mmvil.ops.selfcheck for details.',

@@ -199,7 +199,7 @@ def fast_kernel(kernel: object) -> object:
     """Make a kernel's repeated launches cheap where that is possible.
 
     Args:
-        kernel: Function under `triton.jit`.
+        kernel: Function under `triton.jit`, or `gluon.jit`, whose kernels are of a class derived from its.
 
     Returns:
         A `FastKernel`, or the kernel itself in the interpreter and with Triton versions that are not known.

@@ -15,9 +15,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from . import triton_gates
+
 LOG2_E = gl.constexpr(1.4426950408889634)
-LARGEST_EXPONENT = gl.constexpr(88.2)
-"""exp of more leaves float32; h is 0 where the denominator would."""
+LARGEST_EXPONENT = gl.constexpr(triton_gates.LARGEST_EXPONENT.value)
 
 
 @gluon.jit

@@ -9,7 +9,14 @@ from torch import Tensor
 from . import custom_op
 from .chunkwise import mlstm_chunkwise
 from .reference import mlstm_parallel, mlstm_recurrent
-from .triton_launch import MAX_HEAD_DIM, choose_form, interpreting, why_not_dtype, why_not_on_device
+from .triton_launch import (
+    MAX_HEAD_DIM,
+    choose_form,
+    constant_when_compiled,
+    interpreting,
+    why_not_dtype,
+    why_not_on_device,
+)
 
 __all__ = ['AUTOCAST_DEVICES', 'autocast_is_on', 'available_backends', 'mlstm', 'why_not_triton']
 
@@ -92,7 +99,7 @@ def mlstm(
     backend = _choose_backend(backend, q)
     if backend == 'triton':
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, igate, fgate))
-        form = choose_form(q.shape[-2], q.shape[-1], trains, _carries(q.shape[-1], q.dtype, q.device.index))
+        form = choose_form(q.shape[-2], q.shape[-1], trains, q.dtype, q.device)
         return custom_op.mlstm_triton(q, k, v, igate, fgate, bool(reverse), float(eps), form)
     # The step-by-step definition loses digits in float32 where the normaliser cancels, so it is given more of them.
     double = q.dtype == torch.float64 or (backend == 'recurrent' and q.device.type != 'mps')
@@ -131,16 +138,6 @@ def _choose_backend(backend: str, q: Tensor) -> str:
     return backend
 
 
-def constant_when_compiled(function: Callable) -> Callable:
-    """Mark a function whose answer torch.compile may take for a constant.
-
-    Does what `torch.compiler.assume_constant_result` does, without its import of the whole compiler, which would make
-    `import mmvil.ops` slow and load Triton.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
 # Asked while torch.compile traces: the answers hold for a process, so they become constants of the graph.
 @constant_when_compiled
 def why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
@@ -158,14 +155,6 @@ def _auto_takes_triton(dtype: torch.dtype, index: int | None) -> bool:
         _warned.add(reason)
         warnings.warn(f'mlstm runs in plain torch: {reason}', stacklevel=2)
     return reason is None and dtype != torch.float64
-
-
-@constant_when_compiled
-def _carries(head_dim: int, dtype: torch.dtype, index: int | None) -> bool:
-    """Whether the chunkwise kernels carry their state along, which changes from where on they are the faster ones."""
-    from .carried import can_carry  # imports Triton
-
-    return can_carry(head_dim, dtype, torch.device('cpu') if index is None else torch.device('cuda', index))
 
 
 _warned: set[str] = set()

@@ -21,6 +21,8 @@ __all__ = [
     'Tiles',
     'ceil_div',
     'choose_form',
+    'compile_failure_reason',
+    'constant_when_compiled',
     'device_limits',
     'dot_precision',
     'empty_rows_like',
@@ -50,7 +52,8 @@ BFLOAT16_CAPABILITY = (8, 0)
 # (largest DH, largest S given to the quadratic form with and without a backward pass), by time on one H200,
 # interpolated between the lengths of `benchmarks/bench_mlstm.py --rows forms` (benchmarks/results/mlstm_h200.json).
 QUADRATIC_MAX_TOKENS = ((128, 1024, 1152), (256, 1024, 1408), (MAX_HEAD_DIM, 2304, 2304))
-# The same, DH 64 to 96, where the chunkwise form's forward pass carries its state along (`carried.py`).
+# The same, DH 64 to 96, where the chunkwise form's forward pass carries its state along (`carried.py`), between the
+# lengths of 'carried' in benchmarks/results/operator_tiles_h200.json.
 CARRIED_MAX_TOKENS = (704, 640)
 ANY_CARD_VARIABLE = 'MMVIL_TRITON_ANY_CARD'
 """Environment variable: 1 lets the kernels run on a card of unknown compute capability."""
@@ -95,6 +98,16 @@ class Tiles:
         """Launch options for Triton."""
         cap = {} if self.registers is None else {'maxnreg': self.registers}
         return {'num_warps': self.warps, 'num_stages': self.stages, **cap}
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """Mark a function whose answer torch.compile may take for a constant.
+
+    Does what `torch.compiler.assume_constant_result` does, without its import of the whole compiler, which would make
+    `import mmvil.ops` slow and load Triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def interpreting() -> bool:
@@ -248,6 +261,12 @@ def is_compile_failure(error: Exception) -> bool:
     return origin.startswith('triton') or 'PassManager' in str(error) or 'ptxas' in str(error)
 
 
+def compile_failure_reason(error: Exception) -> str:
+    """Name a compile failure in one line."""
+    message = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {message[0] if message else ""}'
+
+
 def why_not_on_device(device_type: str, index: int | None) -> str | None:
     """Tell why the kernels cannot run on a device.
 
@@ -302,18 +321,32 @@ def why_not_dtype(dtype: torch.dtype, device_type: str, index: int | None) -> st
     return None
 
 
-def choose_form(length: int, head_dim: int, trains: bool, carries: bool = False) -> str:
+@constant_when_compiled
+def _carries(head_dim: int, dtype: torch.dtype, device_type: str, index: int | None) -> bool:
+    """Whether the chunkwise form carries its state along, which changes from where on it is faster."""
+    if device_type != 'cuda':
+        return False
+    from .carried import can_carry  # imports Triton
+
+    return can_carry(head_dim, dtype, torch.device(device_type if index is None else f'{device_type}:{index}'))
+
+
+def choose_form(
+    length: int, head_dim: int, trains: bool, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> str:
     """Pick the form of the kernels.
 
     Args:
         length: S.
         head_dim: DH.
         trains: Whether a backward pass follows.
-        carries: Whether the chunkwise form's forward pass carries its state along; see `carried.can_carry`.
+        dtype: Data type of q, k and v.
+        device: Their device. Default: one where the chunkwise form does not carry its state along (`carried.py`).
 
     Returns:
         'quadratic'; or 'chunkwise' for sequences from which on it is faster.
     """
     limits = next(limits for largest, *limits in QUADRATIC_MAX_TOKENS if head_dim <= largest)
-    limits = CARRIED_MAX_TOKENS if carries else limits
+    if device is not None and _carries(head_dim, dtype, device.type, device.index):
+        limits = CARRIED_MAX_TOKENS
     return 'quadratic' if length <= limits[0 if trains else 1] else 'chunkwise'

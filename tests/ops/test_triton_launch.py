@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmvil.ops import carried
 from mmvil.ops.triton_launch import (
     CARRIED_MAX_TOKENS,
     MAX_HEAD_DIM,
@@ -122,10 +123,13 @@ def test_form_changes_where_the_table_says(dim: int, trains: bool) -> None:
 
 
 @pytest.mark.parametrize('trains', [False, True])
-def test_carried_states_are_taken_earlier(trains: bool) -> None:
-    limit = CARRIED_MAX_TOKENS[0 if trains else 1]
-    assert choose_form(limit, 96, trains, carries=True) == 'quadratic'
-    assert choose_form(limit + 1, 96, trains, carries=True) == 'chunkwise'
+def test_carried_states_are_taken_earlier(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carried, 'can_carry', lambda dim, dtype, device: (dim, dtype, device) == (96, *card))
+    limit, card = CARRIED_MAX_TOKENS[0 if trains else 1], (torch.bfloat16, torch.device('cuda:1'))
+    assert choose_form(limit, 96, trains, *card) == 'quadratic'
+    assert choose_form(limit + 1, 96, trains, *card) == 'chunkwise'
+    assert choose_form(limit + 1, 64, trains, *card) == 'quadratic'
+    assert choose_form(limit + 1, 96, trains, torch.bfloat16, torch.device('cpu')) == 'quadratic'
     assert choose_form(limit + 1, 96, trains) == 'quadratic'
 
 
